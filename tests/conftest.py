@@ -1,0 +1,28 @@
+"""Eight simulated CPU devices, float32 matmuls, and the location of the optional golden data."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import pytest  # noqa: E402
+
+REPO = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("ESG_SHARED", REPO.parent / "shared"))
+
+
+def shared_path(*parts: str) -> Path:
+    """Path below the golden-data folder; skips the calling test when a user's clone lacks it."""
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"golden data {path} is not part of the repository")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """`shared("fixtures", "cropformer", "x.npz")` -> Path, or skip."""
+    return shared_path
