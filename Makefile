@@ -1,0 +1,36 @@
+# `make quickstart` and `make test` do everything on a fresh machine with Python 3.11+ and pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/quickstart
+
+.PHONY: quickstart test test-quick lint clean
+
+$(BIN)/activate:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras: an unchanged pyproject.toml is not installed twice.
+$(VENV)/demo.stamp: $(BIN)/activate pyproject.toml
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[demo]"
+	@touch $@
+
+$(VENV)/test.stamp: $(BIN)/activate pyproject.toml
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[demo,dev,eval,torch,tpu]"
+	@touch $@ $(VENV)/demo.stamp
+
+quickstart: $(VENV)/demo.stamp
+	$(BIN)/python -m data.quickstart --workdir $(RUN)
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest
+
+test-quick: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) $(RUN)

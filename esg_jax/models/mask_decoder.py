@@ -1,0 +1,157 @@
+"""Masked-attention query decoder (Mask2Former, section 3.1; ESG, Fig. 5).
+
+The same weights decode single views (image level) and all views of an image together (batch level): the caller only
+chooses which tokens a query may attend to. Mask logits are the inner product of a query's mask embedding with the
+mask features. They are linear in the features, so the decoder resizes the features once per level and forms the
+low-resolution attention masks directly; full-resolution logits are left to whoever needs them.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from esg_jax.models import layers
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskDecoderConfig:
+    """Sizes of the query decoder.
+
+    Attributes:
+        hidden_dim: channels of queries and memory; equals the pixel decoder's `conv_dim`.
+        mask_dim: channels of the mask embedding; equals the pixel decoder's `mask_dim`.
+        num_heads, ffn_dim: of every layer.
+        num_layers: real layers (the reference's DEC_LAYERS counts the prediction from raw queries as well).
+        num_queries: masks per image.
+        num_classes: classes without no-object; 1 for entities.
+    """
+
+    hidden_dim: int = 256
+    mask_dim: int = 256
+    num_heads: int = 8
+    ffn_dim: int = 2048
+    num_layers: int = 9
+    num_queries: int = 100
+    num_classes: int = 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecoderOutput:
+    """Predictions of the raw queries (index 0) and of every layer (last index: the final one).
+
+    Attributes:
+        logits: class logits; the last class is no-object.
+        mask_embed: mask embeddings; mask logits are their inner product with the mask features.
+    """
+
+    logits: Float[Array, "p n q k"]
+    mask_embed: Float[Array, "p n q c"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """One resolution of what queries attend to, tokens of one or several views in a row.
+
+    Attributes:
+        tokens: pixel decoder output.
+        position: fixed encoding of every token.
+        mask_features: mask features resized to this resolution, for the attention mask.
+    """
+
+    tokens: Float[Array, "n s c"]
+    position: Float[Array, "s c"]
+    mask_features: Float[Array, "n s m"]
+
+
+class DecoderLayer(nnx.Module):
+    """Masked cross attention, self attention, feed-forward."""
+
+    def __init__(self, config: MaskDecoderConfig, *, rngs, dtype, param_dtype):
+        kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.cross = layers.CrossAttentionLayer(config.hidden_dim, config.num_heads, **kwargs)
+        self.self_attention = layers.SelfAttentionLayer(config.hidden_dim, config.num_heads, **kwargs)
+        self.ffn = layers.FeedForwardLayer(config.hidden_dim, config.ffn_dim, **kwargs)
+
+    def __call__(self, x_nqc, query_embed_qc, memory: Memory, level_embed_c, mask_embed_nqm):
+        value = memory.tokens + level_embed_c
+        key = value + memory.position.astype(value.dtype)
+        logits = jnp.einsum("nqm,nsm->nqs", mask_embed_nqm, memory.mask_features, preferred_element_type=jnp.float32)
+        blocked = jax.lax.stop_gradient(logits) < 0
+        # A query that may see nothing may see everything, over all views together.
+        blocked &= ~jnp.all(blocked, axis=-1, keepdims=True)
+        x_nqc = self.cross(x_nqc, query_embed_qc, key, value, blocked)
+        x_nqc = self.self_attention(x_nqc, query_embed_qc)
+        return self.ffn(x_nqc)
+
+
+class MaskDecoder(nnx.Module):
+    """Queries, decoder layers and prediction heads."""
+
+    def __init__(
+        self,
+        config: MaskDecoderConfig,
+        num_levels: int = 3,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        remat: bool = False,
+    ):
+        kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.remat = remat
+        width = config.hidden_dim
+
+        def embedding(rows):
+            return nnx.Param(layers.normal_1(rngs.params(), (rows, width), param_dtype))
+
+        self.query_feat = embedding(config.num_queries)
+        self.query_embed = embedding(config.num_queries)
+        self.level_embed = embedding(num_levels)
+        self.layers = nnx.List([DecoderLayer(config, **kwargs) for _ in range(config.num_layers)])
+        self.norm = layers.layer_norm(width, **kwargs)
+        # The heads decide masks and losses: always float32.
+        float32 = dict(kernel_init=layers.torch_linear, rngs=rngs, dtype=jnp.float32, param_dtype=param_dtype)
+        self.class_head = nnx.Linear(width, config.num_classes + 1, **float32)
+        self.mask_head = layers.MLP((width, width, width, config.mask_dim), **float32)
+
+    def queries(self, count: int) -> Float[Array, "n q c"]:
+        """The learned query features, repeated for `count` items."""
+        return jnp.broadcast_to(self.query_feat[...], (count, *self.query_feat.shape))
+
+    def predict(self, x_nqc: Float[Array, "n q c"]) -> tuple[Float[Array, "n q k"], Float[Array, "n q m"]]:
+        """Class logits and mask embeddings of query states."""
+        x = self.norm(x_nqc).astype(jnp.float32)
+        return self.class_head(x), self.mask_head(x)
+
+    def __call__(
+        self, x_nqc: Float[Array, "n q c"], memory: list[Memory], *, all_predictions: bool = True
+    ) -> tuple[DecoderOutput, Float[Array, "n q c"]]:
+        """Decodes queries against the memory, whose levels (coarse to fine) the layers visit in turn.
+
+        Args:
+            x_nqc: initial query states.
+            memory: one entry per level, strides 32, 16, 8.
+            all_predictions: keep those of the raw queries and of every layer (deep supervision), not only the last.
+
+        Returns:
+            The predictions, and the query states after the last layer, before the final norm.
+        """
+
+        def run(layer, x, level, level_embed, mask_embed):
+            return layer(x, self.query_embed[...].astype(x.dtype), level, level_embed, mask_embed)
+
+        predictions = [self.predict(x_nqc)]
+        for index, layer in enumerate(self.layers):
+            level = index % len(memory)
+            level_embed = self.level_embed[level].astype(memory[level].tokens.dtype)
+            mask_embed = jax.lax.stop_gradient(predictions[-1][1])
+            x_nqc = layers.remat(run, self.remat)(layer, x_nqc, memory[level], level_embed, mask_embed)
+            predictions.append(self.predict(x_nqc))
+        kept = predictions if all_predictions else predictions[-1:]
+        logits, mask_embed = (jnp.stack(values) for values in zip(*kept, strict=True))
+        return DecoderOutput(logits, mask_embed), x_nqc

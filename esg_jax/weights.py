@@ -1,0 +1,98 @@
+"""Portable weights: one safetensors file with the parameters and, in its metadata, the model's configuration."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from esg_jax.config import from_dict, to_dict
+from esg_jax.models.cropformer import CropFormer, CropFormerConfig
+
+_FORMAT = "esg_jax"
+
+
+def named_arrays(model: nnx.Module) -> dict[str, Any]:
+    """Dotted path -> array of everything a checkpoint must hold (parameters and frozen statistics)."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
+
+
+def save_weights(path: str | Path, model: CropFormer, info: dict[str, Any] | None = None, dtype=np.float32) -> None:
+    """Writes the model to `path`.
+
+    Args:
+        path: target `.safetensors` file; its folder must exist.
+        model: the model, with arrays fully addressable from this process.
+        info: facts for the reader (steps, data, scores); stored as JSON in the metadata.
+        dtype: type of the stored floating-point arrays; float16 halves the file.
+    """
+    arrays = {}
+    for name, value in named_arrays(model).items():
+        value = np.asarray(jax.device_get(value))
+        arrays[name] = np.ascontiguousarray(value.astype(dtype) if value.dtype.kind == "f" else value)
+    metadata = {
+        "format": _FORMAT,
+        "config": json.dumps(to_dict(model.config)),
+        "info": json.dumps(info or {}),
+    }
+    temporary = Path(path).with_suffix(".partial")
+    save_file(arrays, temporary, metadata)
+    temporary.replace(path)
+
+
+def read_info(path: str | Path) -> tuple[CropFormerConfig, dict[str, Any]]:
+    """The model configuration and the facts stored by `save_weights`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a safetensors file written by `save_weights`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path} holds no esg_jax model (no configuration in it); convert it with `esg convert`")
+    config = from_dict(CropFormerConfig, json.loads(metadata["config"]), "model")
+    return config, json.loads(metadata["info"])
+
+
+def load_model(path: str | Path, *, dtype=jnp.float32, param_dtype=jnp.float32) -> CropFormer:
+    """Builds the model described in `path` and fills in its weights.
+
+    Args:
+        path: a file written by `save_weights`.
+        dtype: type of the computation.
+        param_dtype: type the floating-point arrays are converted to.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not our file, or its names or shapes do not fit the model it describes.
+    """
+    config, _ = read_info(path)
+    model = nnx.eval_shape(lambda: CropFormer(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype))
+    with safe_open(path, framework="numpy") as file:
+        names = set(file.keys())
+        wanted = named_arrays(model)
+        if names != set(wanted):
+            odd = sorted(names ^ set(wanted))
+            raise ValueError(f"{path} does not fit its configuration; names on one side only: {', '.join(odd[:5])}")
+        graph, state = nnx.split(model)
+        flat = dict(nnx.to_flat_state(state))
+        for keys, variable in flat.items():
+            name = ".".join(map(str, keys))
+            value, target = file.get_tensor(name), wanted[name]
+            if value.shape != target.shape:
+                raise ValueError(f"{path}: {name} has shape {value.shape}, the model needs {target.shape}")
+            flat[keys] = variable.replace(jnp.asarray(value, target.dtype))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
