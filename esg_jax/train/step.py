@@ -1,0 +1,208 @@
+"""One training step as a pure function of (state, batch), compiled for a mesh.
+
+A task is what is being trained: `loss(model, batch, keys, normalizers)` and `normalizers(batch)`, see `Task`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from esg_jax.train import sharding
+from esg_jax.train.optim import OptimConfig, clip_by_norm, learning_rate_multipliers, make_optimizer, make_schedule
+from esg_jax.train.state import Arrays, ModelDef, TrainState, create_state
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+class Task(Protocol):
+    """Connects a model to its loss."""
+
+    def normalizers(self, batch: Batch) -> Any:
+        """Sums over the whole batch that divide the loss; they depend on targets only."""
+        ...
+
+    def loss(
+        self, model: nnx.Module, batch: Batch, key: jax.Array, normalizers: Any, mesh: Mesh | None
+    ) -> tuple[jax.Array, Metrics]:
+        """Scalar loss and its named terms. Summed over micro-batches they equal those of the whole batch."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """How a step is carried out.
+
+    Attributes:
+        seed: all randomness of a step is fold_in(seed, step).
+        accumulate: micro-batches per step; the batch is split evenly, gradients are added.
+        ema_decay: of the average weights, or None to keep none.
+    """
+
+    seed: int = 0
+    accumulate: int = 1
+    ema_decay: float | None = None
+
+    def __post_init__(self):
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1, got {self.accumulate}")
+
+
+class TrainStep:
+    """A compiled step with everything needed to create, restore and place its state."""
+
+    def __init__(
+        self,
+        model: ModelDef,
+        task: Task,
+        *,
+        optim: OptimConfig,
+        total_steps: int,
+        mesh: Mesh,
+        config: StepConfig = StepConfig(),  # noqa: B008 (frozen)
+        rules: sharding.Rules = sharding.DEFAULT_RULES,
+    ):
+        """Plans shardings; compiles nothing yet.
+
+        Raises:
+            ValueError: the sharding table does not fit the model (see `sharding.partition_specs`).
+        """
+        self.model, self.task, self.config, self.mesh = model, task, config, mesh
+        self._optim = optim
+        self._optimizer = make_optimizer(optim)
+        self._schedule = make_schedule(optim, total_steps)
+        self._multipliers = learning_rate_multipliers(model.params, optim)
+        self._specs = sharding.partition_specs({**model.params, **model.constants}, rules, mesh)
+        shapes = jax.eval_shape(self._create)
+        self.shardings: TrainState = sharding.tree_shardings(shapes, self._specs, mesh)
+        #: Shape, type and sharding of every leaf: one description for init, restore and ahead-of-time compilation.
+        self.abstract_state: TrainState = jax.tree.map(
+            lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, self.shardings
+        )
+        self._compiled = jax.jit(
+            self._run, donate_argnums=0, out_shardings=(self.shardings, NamedSharding(mesh, P()))
+        )
+
+    def _create(self) -> TrainState:
+        params, constants = self.model.init()
+        return create_state(params, constants, self._optimizer, ema=self.config.ema_decay is not None)
+
+    def init(self, weights: Mapping[str, Any] | None = None) -> TrainState:
+        """A new state, created directly in its sharding; `weights` replace the random ones of the same name."""
+        state = jax.jit(self._create, out_shardings=self.shardings)()
+        return self.replace_weights(state, weights) if weights else state
+
+    def replace_weights(self, state: TrainState, weights: Mapping[str, Any]) -> TrainState:
+        """State with some weights (and their averages) exchanged.
+
+        Raises:
+            ValueError: a name or a shape does not belong to the model.
+        """
+        known = {**state.params, **state.constants}
+        for name, value in weights.items():
+            if name not in known:
+                raise ValueError(f"weight {name!r} does not belong to this model")
+            if tuple(value.shape) != known[name].shape:
+                raise ValueError(f"weight {name!r} has shape {tuple(value.shape)}, the model needs {known[name].shape}")
+
+        def swap(group: Arrays) -> Arrays:
+            # A copy per group: parameters and averages must not share a buffer that the step then donates.
+            return {
+                name: jax.device_put(jnp.array(weights[name], value.dtype), value.sharding) if name in weights else value
+                for name, value in group.items()
+            }
+
+        ema = None if state.ema is None else swap(state.ema)
+        return dataclasses.replace(state, params=swap(state.params), constants=swap(state.constants), ema=ema)
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Runs one step; `state` is consumed. Metrics are device scalars."""
+        with jax.set_mesh(self.mesh):
+            return self._compiled(state, batch)
+
+    def lower(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Lowered:
+        """Lowers for ahead-of-time compilation, e.g. for a TPU topology without a TPU."""
+        place = NamedSharding(self.mesh, sharding.BATCH_SPEC)
+        batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in batch.items()}
+        with jax.set_mesh(self.mesh):
+            return self._compiled.lower(self.abstract_state, batch)
+
+    def _run(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+        (loss, terms), grads = self._gradients(state, batch, key)
+        # Gradients leave in the layout of their parameters, so the sum over devices can be a reduce-scatter.
+        grads = {
+            name: jax.lax.with_sharding_constraint(grad, self.shardings.params[name]) for name, grad in grads.items()
+        }
+        grads, norm = clip_by_norm(grads, self._optim.clip_norm)
+        rate = self._schedule(state.step)
+        direction, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
+        scale = {name: -rate * self._multipliers[name] for name in direction}
+        params = optax.apply_updates(state.params, {name: scale[name] * x for name, x in direction.items()})
+        ema = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(params, ema, 1.0 - self.config.ema_decay)
+
+        # A non-finite step changes nothing but the step counter, so the next batch and key are drawn.
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old),
+            (params, opt_state, ema),
+            (state.params, state.opt_state, state.ema),
+        )
+        bad_steps = jnp.where(good, 0, state.bad_steps + 1)
+        metrics = {**terms, "loss": loss, "grad_norm": norm, "learning_rate": rate, "bad_steps": bad_steps}
+        new = TrainState(state.step + 1, params, state.constants, opt_state, ema, bad_steps)
+        return new, metrics
+
+    def _gradients(self, state: TrainState, batch: Batch, key: jax.Array):
+        """Loss, terms and gradients of the whole batch, one micro-batch at a time."""
+        normalizers = self.task.normalizers(batch)
+
+        def loss_fn(params, micro, micro_key):
+            params = sharding.gather_fsdp(params, self._specs, self.mesh)
+            return self.task.loss(
+                self.model.merge(params, state.constants), micro, micro_key, normalizers, self.mesh
+            )
+
+        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        parts = self.config.accumulate
+        rows = len(next(iter(batch.values())))
+        # One key per image, drawn before any split: neither devices nor micro-batches change what an image sees.
+        keys = jax.random.split(key, rows)
+        if parts == 1:
+            return grad_fn(state.params, batch, keys)
+        if rows % parts:
+            raise ValueError(f"batch size {rows} is not a multiple of accumulate = {parts}")
+        # Micro-batch m takes every parts-th row, so that each device works on its own rows all the time.
+        split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(rows // parts, parts, *x.shape[1:]), 1, 0), (batch, keys))
+
+        def body(total, micro):
+            return jax.tree.map(jnp.add, total, grad_fn(state.params, *micro)), None
+
+        zero = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(grad_fn, state.params, *jax.tree.map(lambda x: x[0], split)),
+        )
+        return jax.lax.scan(body, zero, split)[0]
+
+
+def batch_shard_map(function: Callable, mesh: Mesh, in_specs: Any) -> Callable:
+    """Runs `function` on every device's own images; its outputs, sums over those images, come back added up.
+
+    Assignment loops and kernels inside would otherwise be synchronised or gathered by the partitioner: a vmapped
+    while loop under Auto sharding communicates in every iteration.
+    """
+
+    def local(*args):
+        return jax.tree.map(lambda x: x[None], function(*args))
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=sharding.BATCH_SPEC, check_vma=False)
+    return lambda *args: jax.tree.map(lambda x: jnp.sum(x, axis=0), mapped(*args))
