@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 
-
 log = logging.getLogger(__name__)
 
 

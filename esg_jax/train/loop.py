@@ -18,7 +18,6 @@ from esg_jax.train.sharding import put_batch
 from esg_jax.train.state import TrainState
 from esg_jax.train.step import TrainStep
 
-
 log = logging.getLogger(__name__)
 
 
@@ -129,9 +128,7 @@ def fit(
                 report(*pending)
             pending = (number, metrics)
 
-            out_of_time = (
-                config.max_minutes is not None and time.monotonic() - start_time > config.max_minutes * 60
-            )
+            out_of_time = config.max_minutes is not None and time.monotonic() - start_time > config.max_minutes * 60
             last = number == config.total_steps or stop.agreed(number) or out_of_time
             due = [hook for hook in hooks if last or number % hook.every == 0]
             if last or due or number % config.save_every == 0:

@@ -71,11 +71,12 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Schedule:
     """Learning rate as a function of the number of steps done."""
 
     def schedule(step):
-        fraction = jnp.minimum(step / total_steps, 1.0)
+        # The subtraction is exact in integers; 1 - step / total loses digits near the end.
+        left = jnp.maximum(total_steps - step, 0) / total_steps
         if config.schedule == "poly":
-            rate = config.learning_rate * (1.0 - fraction) ** config.power
+            rate = config.learning_rate * left**config.power
         elif config.schedule == "step":
-            passed = sum((fraction >= milestone).astype(jnp.float32) for milestone in config.milestones)
+            passed = sum((step >= round(milestone * total_steps)).astype(jnp.float32) for milestone in config.milestones)
             rate = config.learning_rate * config.gamma**passed
         else:
             rate = jnp.asarray(config.learning_rate, jnp.float32)
@@ -99,6 +100,6 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
 
 def clip_by_norm(grads: dict[str, jax.Array], clip_norm: float) -> tuple[dict[str, jax.Array], jax.Array]:
     """Scales the whole gradient to at most `clip_norm`, as torch.nn.utils.clip_grad_norm_; returns the norm before."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     factor = jnp.minimum(clip_norm / (norm + 1e-6), 1.0)
     return jax.tree.map(lambda grad: grad * factor, grads), norm

@@ -88,10 +88,8 @@ def partition_specs(shapes: Mapping[str, Any], rules: Rules, mesh: Mesh) -> dict
 
 
 def _place(name: str, shape: tuple[int, ...], rules: Rules, mesh: Mesh) -> P:
-    for pattern, placement in rules:
-        if re.search(pattern, name):
-            break
-    else:
+    pattern, placement = next((rule for rule in rules if re.search(rule[0], name)), (None, None))
+    if placement is None:
         raise ValueError(f"no sharding rule matches parameter {name!r} of shape {shape}; add one to the table")
     if isinstance(placement, LargestDim):
         return _split_largest(shape, placement, mesh)

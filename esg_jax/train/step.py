@@ -86,9 +86,7 @@ class TrainStep:
         self.abstract_state: TrainState = jax.tree.map(
             lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, self.shardings
         )
-        self._compiled = jax.jit(
-            self._run, donate_argnums=0, out_shardings=(self.shardings, NamedSharding(mesh, P()))
-        )
+        self._compiled = jax.jit(self._run, donate_argnums=0, out_shardings=(self.shardings, NamedSharding(mesh, P())))
 
     def _create(self) -> TrainState:
         params, constants = self.model.init()
@@ -115,7 +113,9 @@ class TrainStep:
         def swap(group: Arrays) -> Arrays:
             # A copy per group: parameters and averages must not share a buffer that the step then donates.
             return {
-                name: jax.device_put(jnp.array(weights[name], value.dtype), value.sharding) if name in weights else value
+                name: jax.device_put(jnp.array(weights[name], value.dtype), value.sharding)
+                if name in weights
+                else value
                 for name, value in group.items()
             }
 
@@ -168,9 +168,7 @@ class TrainStep:
 
         def loss_fn(params, micro, micro_key):
             params = sharding.gather_fsdp(params, self._specs, self.mesh)
-            return self.task.loss(
-                self.model.merge(params, state.constants), micro, micro_key, normalizers, self.mesh
-            )
+            return self.task.loss(self.model.merge(params, state.constants), micro, micro_key, normalizers, self.mesh)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         parts = self.config.accumulate
