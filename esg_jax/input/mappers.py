@@ -1,0 +1,180 @@
+"""From a record to one training example, or to the views of inference.
+
+An example holds the arrays of the batch contract without the batch dimension (T views, N = `max_entities` slots):
+``image`` uint8 (T, H, W, 3), ``size`` int32 (T, 2), ``masks`` uint8 (N, T, H, W // 8), ``labels`` int32 (N,),
+``present`` bool (N,), ``valid`` bool (N, T).
+"""
+
+import dataclasses
+
+import numpy as np
+from PIL import Image
+
+from esg_jax.input import transforms
+from esg_jax.input.records import Entities, Record
+from esg_jax.input.transforms import View
+
+Example = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class EntityCrop:
+    """The crop data loader: the whole image and one random corner crop, both shortest-edge resized (T=2).
+
+    Flip and shortest edge are drawn once per example and shared by both views; see `transforms` for the geometry.
+    With `crop=False` only the whole image is given (T=1).
+
+    All annotated entities are kept, also those that neither view shows: the batch-level targets of the reference
+    include them as empty masks. When an image has more than `max_entities`, the largest ones at the original
+    resolution are kept, in annotation order. `valid` is "the resized mask has a pixel"; the reference also asks for a
+    non-empty annotated box, which follows from it when boxes and masks agree.
+    """
+
+    short_edges: tuple[int, ...]
+    max_size: int
+    padded: tuple[int, int]
+    max_entities: int
+    class_agnostic: bool = True
+    crop: bool = True
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Example:
+        flip = bool(rng.random() < 0.5)
+        short_edge = int(rng.choice(self.short_edges))
+        corner = int(rng.integers(4))
+        return self.build(record, flip, short_edge, corner)
+
+    def build(self, record: Record, flip: bool, short_edge: int, corner: int) -> Example:
+        """The example for given random choices; `corner` counts 0..3 as TL, TR, BL, BR of the flipped image."""
+        height, width = record.height, record.width
+        views = [transforms.full_view(height, width, short_edge, self.max_size, flip)]
+        if self.crop:
+            views.append(transforms.crop_view(height, width, corner, short_edge, self.max_size, flip))
+        entities = record.load_entities()
+        kept = np.flatnonzero(~entities.crowd)
+        if len(kept) > self.max_entities:
+            kept = np.sort(kept[np.argsort(-entities.areas()[kept], kind="stable")[: self.max_entities]])
+        image = record.load_image()
+        images = [transforms.pad_image(transforms.view_image(image, view), self.padded) for view in views]
+        layers = [[transforms.view_labels(layer, view) for layer in entities.layers] for view in views]
+        example = _targets(entities, layers, kept, self.padded, self.max_entities, self.class_agnostic)
+        return {"image": np.stack(images), "size": np.array([view.size for view in views], np.int32), **example}
+
+
+@dataclasses.dataclass(frozen=True)
+class LargeScaleJitter:
+    """Large-scale jitter of the Mask2Former configs: flip, resize by `scales`, fixed square crop (T=1).
+
+    The image is scaled by `u * crop / longest side` with u uniform in `scales`; a random window of `crop` pixels is
+    taken, and what the image does not fill has gray 128 and no mask. The padding counts as image (`size` is the
+    whole crop), as in the reference. Entities outside the window are removed; of more than `max_entities` the largest
+    in the window stay.
+    """
+
+    crop: int
+    max_entities: int
+    scales: tuple[float, float] = (0.1, 2.0)
+    class_agnostic: bool = True
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Example:
+        flip = bool(rng.random() < 0.5)
+        return self.build(record, flip, float(rng.uniform(*self.scales)), float(rng.random()))
+
+    def build(self, record: Record, flip: bool, scale: float, offset: float) -> Example:
+        """The example for given random choices; `offset` in [0, 1] places the window on both axes."""
+        height, width = record.height, record.width
+        factor = min(scale * self.crop / height, scale * self.crop / width)
+        resized = np.maximum(np.round(np.multiply((height, width), factor)).astype(int), 1)
+        start = np.round(np.maximum(resized - self.crop, 0) * offset).astype(int)
+        window = np.minimum(resized, self.crop)
+
+        image = record.load_image()
+        image = np.ascontiguousarray(image[:, ::-1]) if flip else image
+        step_y, step_x = height / resized[0], width / resized[1]
+        box = (start[1] * step_x, start[0] * step_y, (start + window)[1] * step_x, (start + window)[0] * step_y)
+        box = (*box[:2], min(box[2], width), min(box[3], height))
+        view = Image.fromarray(image).resize((window[1], window[0]), Image.Resampling.BILINEAR, box=box)
+        padded = (self.crop, self.crop)
+
+        entities = record.load_entities()
+        whole = View((0, 0, width, height), (int(resized[0]), int(resized[1])), flip)
+        rows, columns = (slice(start[axis], start[axis] + window[axis]) for axis in (0, 1))
+        layers = [transforms.view_labels(layer, whole)[rows, columns] for layer in entities.layers]
+        areas = dataclasses.replace(entities, layers=layers).areas()
+        kept = np.flatnonzero(~entities.crowd & (areas > 0))
+        if len(kept) > self.max_entities:
+            kept = np.sort(kept[np.argsort(-areas[kept], kind="stable")[: self.max_entities]])
+        example = _targets(entities, [layers], kept, padded, self.max_entities, self.class_agnostic)
+        pixels = transforms.pad_image(np.asarray(view), padded, value=128)
+        return {"image": pixels[None], "size": np.array([padded], np.int32), **example}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalExample:
+    """Views of one image for inference, and the record that knows its annotations.
+
+    image: uint8 (T, H, W, 3), zero padded. size: int32 (T, 2), unpadded (height, width) of every view.
+    boxes: int32 (T, 4), (x0, y0, x1, y1) of every view in original pixels.
+    """
+
+    image: np.ndarray
+    size: np.ndarray
+    boxes: np.ndarray
+    record: Record
+
+
+@dataclasses.dataclass(frozen=True)
+class InferenceViews:
+    """The whole image and, with five views, its corner crops; see `transforms.inference_views`.
+
+    The padded size is the first of `buckets` (sorted by area) that holds all views, or without buckets the next
+    multiples of 32.
+    """
+
+    num_views: int = 5
+    short_edge: int = 800
+    max_size: int = 1333
+    buckets: tuple[tuple[int, int], ...] = ()
+
+    def __call__(self, record: Record) -> EvalExample:
+        options = {"num_views": self.num_views, "short_edge": self.short_edge, "max_size": self.max_size}
+        padded = None
+        if self.buckets:
+            views = transforms.inference_view_list(record.height, record.width, **options)
+            padded = self.buckets[bucket_index([view.size for view in views], self.buckets, record.name)]
+        image, size, boxes = transforms.inference_views(record.load_image(), padded=padded, **options)
+        return EvalExample(image, size, boxes, record)
+
+
+def bucket_index(sizes: list[tuple[int, int]], buckets: tuple[tuple[int, int], ...], name: str) -> int:
+    """Index of the bucket of least area that holds all view sizes (height, width).
+
+    Raises:
+        ValueError: none does; names the image, the size needed and the buckets.
+    """
+    height, width = max(size[0] for size in sizes), max(size[1] for size in sizes)
+    fitting = [i for i, bucket in enumerate(buckets) if bucket[0] >= height and bucket[1] >= width]
+    if not fitting:
+        raise ValueError(
+            f"image {name} needs a padded size of {height}x{width} (height x width), larger than every bucket in "
+            f"{list(buckets)}; add one to `buckets`, or lower the shortest edge or max_size"
+        )
+    return min(fitting, key=lambda i: buckets[i][0] * buckets[i][1])
+
+
+def _targets(
+    entities: Entities,
+    layers_by_view: list[list[np.ndarray]],
+    kept: np.ndarray,
+    padded: tuple[int, int],
+    max_entities: int,
+    class_agnostic: bool,
+) -> Example:
+    num_views, num_kept = len(layers_by_view), len(kept)
+    masks = np.zeros((max_entities, num_views, padded[0], padded[1] // 8), np.uint8)
+    valid = np.zeros((max_entities, num_views), bool)
+    for t, layers in enumerate(layers_by_view):
+        masks[:num_kept, t], valid[:num_kept, t] = transforms.packed_masks(layers, kept, padded)
+    labels = np.zeros(max_entities, np.int32)
+    if not class_agnostic:
+        labels[:num_kept] = entities.labels[kept]
+    return {"masks": masks, "labels": labels, "present": np.arange(max_entities) < num_kept, "valid": valid}
