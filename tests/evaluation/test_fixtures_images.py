@@ -1,0 +1,157 @@
+"""Expected values of the official evaluators, read from files in their official formats."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from esg_jax.evaluation import formats, tasks
+from esg_jax.evaluation.average_precision import AveragePrecision, EntityAP
+
+
+def fixture(shared, name):
+    folder = shared("fixtures", "metrics", name)
+    return folder, json.loads((folder / "expected.json").read_text())
+
+
+def assert_close(got, expected, tolerance=1e-9, path=""):
+    """Every expected number, null meaning NaN."""
+    if isinstance(expected, dict):
+        for key, value in expected.items():
+            assert_close(got[key], value, tolerance, f"{path}/{key}")
+    elif isinstance(expected, list):
+        assert len(got) == len(expected), path
+        for i, (g, e) in enumerate(zip(got, expected, strict=True)):
+            assert_close(g, e, tolerance, f"{path}/{i}")
+    elif expected is None:
+        assert math.isnan(got), path
+    else:
+        assert abs(got - expected) <= tolerance, f"{path}: {got} != {expected}"
+
+
+def coco_names(result):
+    """Our result with the fixtures' names."""
+    out = dict(result)
+    out["AR100_iou50"] = out["AR@100@IoU0.5"]
+    out["AP_per_category"] = list(result["AP_per_category"].values())
+    return out
+
+
+@pytest.mark.parametrize("kind", ["segm", "bbox"])
+def test_entity_ap(shared, kind):
+    folder, expected = fixture(shared, "entity_ap")
+    metric = tasks.coco_ap(folder / "gt.json", folder / "predictions.json", kind=kind, class_agnostic=True)
+    assert_close(coco_names(metric.result()), expected[kind])
+    if kind == "segm":
+        result = tasks.entity_ap(folder / "gt.json", folder / "predictions.json").result()
+        assert abs(result["AP"] - expected["AP_e"]) < 1e-9
+
+
+def test_entity_ap_of_the_reference_model_file(shared):
+    data = json.loads(shared("fixtures", "cropformer", "ap_e_dev.json").read_text())
+    metric = EntityAP()
+    for image in data["gt"]["images"]:
+        uid = image["id"]
+        metric.add(
+            uid,
+            [d for d in data["detections"] if d["image_id"] == uid],
+            [a for a in data["gt"]["annotations"] if a["image_id"] == uid],
+            (image["height"], image["width"]),
+        )
+    result = metric.result()
+    assert_close(result, data["expected"], 1e-12)
+    assert result["AR@100@IoU0.5"] == pytest.approx(data["expected_AR100_iou50"], abs=1e-12)
+
+
+@pytest.mark.parametrize("key", ["segm", "bbox", "segm_if_bbox_not_dropped"])
+def test_coco_ap(shared, key):
+    folder, expected = fixture(shared, "coco_ap")
+    metric = tasks.coco_ap(
+        folder / "gt.json", folder / "predictions.json", kind=key[:4], box_areas=key.endswith("dropped")
+    )
+    assert_close(coco_names(metric.result()), expected[key])
+
+
+@pytest.mark.parametrize(
+    "key, kind, agnostic",
+    [
+        ("boundary_ap_class_aware", "boundary", False),
+        ("boundary_ap_class_agnostic", "boundary", True),
+        ("mask_ap_class_aware", "segm", False),
+    ],
+)
+def test_boundary_ap(shared, key, kind, agnostic):
+    folder, expected = fixture(shared, "boundary_ap")
+    metric = tasks.coco_ap(
+        folder / "gt.json", folder / "predictions.json", kind=kind, class_agnostic=agnostic, workers=1
+    )
+    assert_close(coco_names(metric.result()), expected[key])
+
+
+def test_boundary_pixels(shared):
+    from esg_jax.evaluation import rle
+    from esg_jax.evaluation.boundary import boundary_area
+
+    folder, expected = fixture(shared, "boundary_ap")
+    gt = formats.CocoAnnotations.load(folder / "gt.json")
+    first = gt.raw["annotations"][0]
+    mask = rle.from_annotation(first["segmentation"], gt.size(first["image_id"]), "first")
+    assert boundary_area(mask) == expected["boundary_pixels_first_gt"]
+
+
+def test_panoptic_quality(shared):
+    folder, expected = fixture(shared, "panoptic_pq")
+    result = tasks.panoptic_quality(folder / "gt.json", folder / "pred.json").result()
+    for suffix, group in (("", "All"), ("_Th", "Things"), ("_St", "Stuff")):
+        for key in ("PQ", "SQ", "RQ"):
+            assert abs(result[key + suffix] - expected[group][key.lower()]) < 1e-9
+        assert result["n" + suffix] == expected[group]["n"]
+    for category, values in expected["per_class"].items():
+        assert_close({k.lower(): v for k, v in result["per_class"][int(category)].items()}, values)
+
+
+def test_semantic_iou(shared):
+    folder, expected = fixture(shared, "miou")
+    meta = json.loads((folder / "meta.json").read_text())
+    result = tasks.semantic_iou(
+        folder / "gt",
+        folder / "pred",
+        num_classes=meta["num_classes"],
+        ignore_label=meta["ignore_label"],
+        boundary=True,
+    ).result()
+    got = {name: 100 * result[name] for name in ("mIoU", "fwIoU", "mACC", "pACC")}
+    got["mIoU_detectron2_v0.6_era_as_vendored_by_GLEE"] = 100 * result["mIoU_with_predicted_only"]
+    for ours, theirs in (
+        ("IoU_per_class", "IoU"),
+        ("ACC_per_class", "ACC"),
+        ("boundary_IoU_per_class", "BoundaryIoU"),
+        ("min_IoU_per_class", "min(IoU, B-Iou)"),
+    ):
+        got |= {f"{theirs}-{i}": 100 * value for i, value in enumerate(result[ours])}
+    del expected["evaluator"]
+    assert_close(got, expected)
+
+
+def test_numpy_masks_equal_files(shared):
+    """The streaming interface with boolean masks gives the numbers of the files."""
+    from pycocotools import mask as coco_mask
+
+    folder, expected = fixture(shared, "entity_ap")
+    gt = formats.CocoAnnotations.load(folder / "gt.json")
+    pred = formats.load_results(folder / "predictions.json", gt.units)
+    metric = AveragePrecision(class_agnostic=True)
+    for uid in gt.units:
+        size = gt.size(uid)
+        masks = [coco_mask.decode(r["segmentation"]).astype(bool) for r in pred[uid]]
+        metric.add(
+            uid,
+            {
+                "masks": np.stack(masks) if masks else np.zeros((0, *size), bool),
+                "scores": np.array([r["score"] for r in pred[uid]]),
+            },
+            gt.annotations[uid],
+            size,
+        )
+    assert_close(coco_names(metric.result()), expected["segm"])
