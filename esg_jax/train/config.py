@@ -1,0 +1,129 @@
+"""The configuration of a run: one frozen dataclass that `configs/` fills in and the command line overrides."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from esg_jax.config import from_dict, to_dict
+from esg_jax.input.pipeline import DataConfig
+from esg_jax.losses.cropformer import LossConfig
+from esg_jax.models.cropformer import CropFormer, CropFormerConfig
+from esg_jax.train.loop import LoopConfig
+from esg_jax.train.optim import OptimConfig
+from esg_jax.train.sharding import DEFAULT_RULES, Rules, make_mesh
+from esg_jax.train.state import ModelDef
+from esg_jax.train.step import StepConfig, TrainStep
+from esg_jax.train.tasks import SegmentationTask
+
+PRECISIONS = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along every mesh axis; one may be -1 and takes the rest.
+
+    data: copies of the weights; across the slices of a pod.
+    fsdp: weights and optimiser state are split, images too.
+    model: matrices are split, images are not.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    model: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a training run.
+
+    model: sizes; decides the parameters.
+    data: sources, augmentation, batch size, seed of the data order.
+    loss, optim, loop, mesh: see the dataclasses.
+    seed: initial weights, point sampling and drop path.
+    precision: "bfloat16" computes in bfloat16 with float32 weights and float32 islands; "float32" for parity.
+    remat: recompute blocks in the backward pass: about a third more time, a fraction of the memory.
+    accumulate: micro-batches per step.
+    ema_decay: of average weights, or None.
+    keep: checkpoints kept.
+    init_from: workdir of another run or a .safetensors file whose weights the run starts from.
+    init_optional: pattern of weights that `init_from` may lack; they start at random. By default the association
+        module, which a Mask2Former checkpoint does not have.
+    backbone_weights: a .safetensors file of a backbone, or "imagenet" for the packaged MobileNetV2.
+    tensorboard: write TensorBoard files too.
+    """
+
+    model: CropFormerConfig
+    data: DataConfig
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    loop: LoopConfig = LoopConfig(total_steps=34_375)
+    mesh: MeshConfig = MeshConfig()
+    seed: int = 0
+    precision: str = "bfloat16"
+    remat: bool = False
+    accumulate: int = 1
+    ema_decay: float | None = None
+    keep: int = 2
+    init_from: str = ""
+    init_optional: str = r"^association\."
+    backbone_weights: str = ""
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"config.precision is {self.precision!r}; choose {' or '.join(PRECISIONS)}")
+        if self.data.mapper == "entity_crop" and self.model.association is None:
+            raise ValueError(
+                "data.mapper 'entity_crop' gives two views, but the model has no association module; "
+                "use 'entity_full' or 'lsj', or a model with association"
+            )
+        if self.data.mapper != "entity_crop" and self.model.association is not None:
+            raise ValueError(
+                f"data.mapper {self.data.mapper!r} gives one view, but the model has an association module; use "
+                "'entity_crop', or model.association=None"
+            )
+        if self.data.class_agnostic and self.model.mask_decoder.num_classes != 1:
+            raise ValueError(
+                f"model.mask_decoder.num_classes is {self.model.mask_decoder.num_classes}, but data.class_agnostic "
+                "maps every label to 0"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Nested plain values, for `ml_collections.ConfigDict` and for checkpoints."""
+        return to_dict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RunConfig":
+        """Reads what `as_dict` wrote.
+
+        Raises:
+            ValueError: an unknown key or a value that does not fit, named.
+        """
+        return from_dict(cls, values)
+
+    def model_def(self) -> ModelDef:
+        """Structure and shapes of the model; allocates nothing."""
+        dtype = PRECISIONS[self.precision]
+        return ModelDef(lambda: CropFormer(self.model, rngs=nnx.Rngs(self.seed), dtype=dtype, remat=self.remat))
+
+    def train_step(self, *, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES) -> TrainStep:
+        """The step of this run, not yet compiled.
+
+        Args:
+            mesh: devices; by default all of this process's cluster, arranged by `self.mesh`.
+            rules: how parameters are split.
+        """
+        return TrainStep(
+            self.model_def(),
+            SegmentationTask(self.loss, self.model.mask_decoder.num_queries),
+            optim=self.optim,
+            total_steps=self.loop.total_steps,
+            mesh=mesh or make_mesh(self.mesh.data, self.mesh.fsdp, self.mesh.model, devices=jax.devices()),
+            config=StepConfig(seed=self.seed, accumulate=self.accumulate, ema_decay=self.ema_decay),
+            rules=rules,
+        )

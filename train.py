@@ -1,0 +1,115 @@
+"""Trains CropFormer or Mask2Former.
+
+    python train.py --config=configs/tiny.py --workdir=/tmp/tiny
+    python train.py --config=configs/cropformer_swin_t.py --workdir=runs/swin_t --config.data.batch_size=8
+
+Every field of a config can be overridden with --config.NAME=VALUE. Run the same command again to go on after an
+interruption: the run continues exactly where its last checkpoint left it. Ctrl-C or SIGTERM saves first.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+from esg_jax import config as config_lib
+from esg_jax.input.pipeline import train_iterator
+from esg_jax.train.checkpoint import Checkpointer
+from esg_jax.train.config import RunConfig
+from esg_jax.train.initial import fit_weights, read_backbone, read_weights
+from esg_jax.train.logging import MetricWriter
+from esg_jax.train.loop import NonFiniteLossError, fit
+from esg_jax.weights import save_weights
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), see configs/.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics.jsonl, model.safetensors.")
+_MULTIHOST = flags.DEFINE_bool("multihost", False, "Connect to the other hosts of a pod or cluster before anything.")
+
+log = logging.getLogger("esg_jax")
+
+
+def main(_):
+    start_logging()
+    if _MULTIHOST.value:
+        jax.distributed.initialize()
+    use_compilation_cache()
+    try:
+        run(RunConfig.from_dict(_CONFIG.value.to_dict()), Path(_WORKDIR.value))
+    except (ValueError, FileNotFoundError, NonFiniteLossError) as error:
+        # Configuration, data or divergence: the message says what to do, a traceback would bury it.
+        log.debug("traceback", exc_info=True)
+        sys.exit(f"error: {error}")
+
+
+def run(config: RunConfig, workdir: Path) -> None:
+    """One training run, or the rest of one."""
+    # Model and mesh. Nothing is allocated before the sharding of every array is known.
+    step = config.train_step()
+    count = sum(leaf.size for leaf in step.model.params.values())
+    log.info("%.2f M parameters on mesh %s, %s", count / 1e6, dict(step.mesh.shape), config.precision)
+
+    # Data. Every process reads its own part of each batch.
+    batches = train_iterator(config.data, jax.process_index(), jax.process_count())
+
+    # State: newest checkpoint > init_from > pretrained backbone > random (see checkpoint.py for why in this order).
+    checkpointer = Checkpointer(workdir, config=config.as_dict(), keep=config.keep)
+    if checkpointer.latest_step is not None:
+        state = checkpointer.restore(step.abstract_state, batches)
+        log.info("resumed at step %d", int(state.step))
+    else:
+        state = step.init(initial_weights(config, {**step.model.params, **step.model.constants}))
+    if int(state.step) >= config.loop.total_steps:
+        log.info("this run is finished (%d steps); raise --config.loop.total_steps to go on", int(state.step))
+    else:
+        writer = MetricWriter(workdir, tensorboard=config.tensorboard)
+        try:
+            state = fit(state, step, batches, config.loop, writer=writer, checkpointer=checkpointer)
+        finally:
+            writer.close()
+            checkpointer.close()
+            batches.close()
+
+    # Weights for everyone else: `esg predict --checkpoint workdir/model.safetensors`.
+    done = int(state.step)
+    if jax.process_index() == 0 and jax.process_count() == 1:
+        model = step.model.merge(state.ema or state.params, state.constants)
+        save_weights(workdir / "model.safetensors", model, {"steps": done, "config": config_lib.to_dict(config)})
+        log.info("step %d of %d; weights in %s", done, config.loop.total_steps, workdir / "model.safetensors")
+    if done < config.loop.total_steps:
+        log.info("stopped early; the same command goes on from here")
+
+
+def initial_weights(config: RunConfig, shapes):
+    """Weights of `init_from` or of a pretrained backbone; None leaves everything random."""
+    if config.init_from:
+        return fit_weights(read_weights(config.init_from), shapes, optional=config.init_optional, source=config.init_from)
+    if config.backbone_weights:
+        backbone = {name: shape for name, shape in shapes.items() if name.startswith("backbone.")}
+        return fit_weights(read_backbone(config.backbone_weights), backbone, source=config.backbone_weights)
+    log.info("no init_from and no backbone_weights: all weights start at random")
+    return None
+
+
+def start_logging() -> None:
+    """Our lines on stdout with a clock; of other libraries only warnings."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
+    log.propagate = False
+
+
+def use_compilation_cache() -> None:
+    """Compiled programs survive the process, so that a resumed run starts at once."""
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "esg_jax" / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
