@@ -1,0 +1,89 @@
+"""Depthwise 3x3 convolution that is fast on every platform.
+
+XLA's CPU backend runs grouped convolutions, and above all their gradients, 10 to 25 times slower than nine shifted
+multiply-adds that it fuses into one loop; accelerators have native kernels. The two forms are the same function.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+_PADDING = ((0, 0), (1, 1), (1, 1), (0, 0))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def depthwise_conv3x3(
+    x_bhwc: Float[Array, "b h w c"], kernel_331c: Float[Array, "3 3 1 c"], stride: int = 1
+) -> Float[Array, "b ho wo c"]:
+    """Convolves every channel with its own 3x3 kernel, padding 1 on all sides (PyTorch's `groups=channels`).
+
+    Args:
+        x_bhwc: input map.
+        kernel_331c: kernels in HWIO layout.
+        stride: 1 or 2; the output has ceil(h / stride) rows.
+    """
+    return jax.lax.platform_dependent(
+        x_bhwc,
+        kernel_331c,
+        cpu=functools.partial(_shifted, stride=stride),
+        default=functools.partial(_native, stride=stride),
+    )
+
+
+def _forward(x_bhwc, kernel_331c, stride):
+    return depthwise_conv3x3(x_bhwc, kernel_331c, stride), (x_bhwc, kernel_331c)
+
+
+def _backward(stride, residuals, grad_bhwc):
+    # A rule of our own, because differentiating through `platform_dependent` would keep both branches' residuals.
+    return jax.lax.platform_dependent(
+        *residuals,
+        grad_bhwc,
+        cpu=functools.partial(_shifted_backward, stride=stride),
+        default=functools.partial(_native_backward, stride=stride),
+    )
+
+
+depthwise_conv3x3.defvjp(_forward, _backward)
+
+
+def _native(x, kernel, *, stride):
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        _PADDING[1:3],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
+
+
+def _native_backward(x, kernel, grad, *, stride):
+    return jax.vjp(functools.partial(_native, stride=stride), x, kernel)[1](grad)
+
+
+def _taps(x, out_shape, stride):
+    """The nine views of the padded input that the kernel's taps multiply, row-major."""
+    padded = jnp.pad(x, _PADDING)
+    batch, height, width, channels = out_shape
+    for dy in range(3):
+        for dx in range(3):
+            limit = (batch, dy + (height - 1) * stride + 1, dx + (width - 1) * stride + 1, channels)
+            yield jax.lax.slice(padded, (0, dy, dx, 0), limit, (1, stride, stride, 1))
+
+
+def _shifted(x, kernel, *, stride):
+    batch, height, width, channels = x.shape
+    out_shape = (batch, -(-height // stride), -(-width // stride), channels)
+    weights = kernel.reshape(9, channels)
+    return sum(tap * weight for tap, weight in zip(_taps(x, out_shape, stride), weights, strict=True))
+
+
+def _shifted_backward(x, kernel, grad, *, stride):
+    kernel_grad = jnp.stack([jnp.sum(tap * grad, axis=(0, 1, 2)) for tap in _taps(x, grad.shape, stride)])
+    if stride > 1:  # spread the gradient out to the input's resolution
+        spread = [(0, full - (1 + (size - 1) * stride), stride - 1) for full, size in zip(x.shape, grad.shape)][1:3]
+        grad = jax.lax.pad(grad, jnp.zeros((), grad.dtype), ((0, 0, 0), *spread, (0, 0, 0)))
+    return _shifted(grad, kernel[::-1, ::-1], stride=1), kernel_grad.reshape(kernel.shape)
