@@ -80,7 +80,7 @@ class CocoAnnotations:
 def load_results(
     paths: str | Path | Sequence[str | Path], known: Iterable[Any], *, key: str = "image_id", needs_score: bool = True
 ) -> dict[Any, list[dict[str, Any]]]:
-    """COCO results of one or more files (one per host), grouped by image in file order.
+    """COCO results of one or more files (one per host), grouped by image in file order (`_position` in each).
 
     Args:
         paths: JSON lists of records.
@@ -110,7 +110,7 @@ def load_results(
                 score = field(record, "score", f"{path}, record {i} ({key} {uid})")
                 if not isinstance(score, (int, float)) or not math.isfinite(score):
                     raise EvaluationError(f"{path}, record {i} ({key} {uid}): score is {score!r}, not a finite number")
-            grouped[uid].append(record)
+            grouped[uid].append({**record, "_position": total})
             total += 1
     names = ", ".join(map(str, paths))
     if unknown:

@@ -13,6 +13,7 @@ from esg_jax.evaluation import formats, panoptic
 from esg_jax.evaluation.average_precision import AveragePrecision, EntityAP
 from esg_jax.evaluation.best_overlap import BestOverlap
 from esg_jax.evaluation.driver import accumulate
+from esg_jax.evaluation.lvis import LvisAP
 from esg_jax.evaluation.panoptic import PanopticQuality
 from esg_jax.evaluation.rle import EvaluationError
 from esg_jax.evaluation.semantic import SemanticIoU
@@ -61,6 +62,40 @@ def _instances(metric, gt, pred: Paths, workers: int, description: str):
     annotations = gt if isinstance(gt, formats.CocoAnnotations) else formats.CocoAnnotations.load(gt)
     results = formats.load_results(pred, annotations.units)
     return accumulate(metric, coco_items(annotations, results), add_instances, workers=workers, description=description)
+
+
+def lvis_ap(
+    gt: str | Path,
+    pred: Paths,
+    *,
+    kind: str = "segm",
+    max_dets: int = 300,
+    top_per_class: int | None = None,
+    workers: int = 1,
+) -> LvisAP:
+    """LVIS AP; `top_per_class` (10000 in papers) gives "AP fixed" and lifts the limit per image."""
+    annotations = formats.CocoAnnotations.load(gt)
+    results = formats.load_results(pred, annotations.units)
+    items = []
+    for uid, image in annotations.units.items():
+        rest = {
+            "negative": formats.field(image, "neg_category_ids", f"{gt}, image {uid}"),
+            "not_exhaustive": formats.field(image, "not_exhaustive_category_ids", f"{gt}, image {uid}"),
+            "positions": [record["_position"] for record in results[uid]],
+        }
+        items.append((uid, results[uid], annotations.annotations[uid], annotations.size(uid), rest))
+    metric = LvisAP(
+        annotations.categories,
+        kind=kind,
+        max_dets=-1 if top_per_class else max_dets,
+        top_per_class=top_per_class,
+    )
+    return accumulate(metric, items, _add_lvis, workers=workers, description="LVIS AP")
+
+
+def _add_lvis(metric: LvisAP, item: tuple) -> None:
+    *positional, keywords = item
+    metric.add(*positional, **keywords)
 
 
 def panoptic_quality(

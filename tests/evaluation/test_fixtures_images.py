@@ -155,3 +155,12 @@ def test_numpy_masks_equal_files(shared):
             size,
         )
     assert_close(coco_names(metric.result()), expected["segm"])
+
+
+@pytest.mark.parametrize("kind", ["segm", "bbox"])
+@pytest.mark.parametrize("variant", ["AP", "maxdets20", "fixed"])
+def test_lvis_ap(shared, kind, variant):
+    folder, expected = fixture(shared, "lvis_ap")
+    options = {"AP": {}, "maxdets20": {"max_dets": 20}, "fixed": {"top_per_class": 40}}[variant]
+    metric = tasks.lvis_ap(folder / "gt.json", folder / f"predictions_{kind}.json", kind=kind, **options)
+    assert_close(metric.result(), expected[f"{kind}_{variant}"])
