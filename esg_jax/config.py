@@ -66,5 +66,9 @@ def _read_field(hint: Any, value: Any, path: str) -> Any:
 
 
 def _dataclass_members(hint: Any) -> list[type]:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union else [hint]
+    options = (
+        typing.get_args(hint)
+        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        else [hint]
+    )
     return [option for option in options if dataclasses.is_dataclass(option)]

@@ -141,9 +141,7 @@ class CropFormer(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.backbone = _BACKBONES[type(config.backbone)](config.backbone, remat=remat, **kwargs)
-        self.pixel_decoder = PixelDecoder(
-            config.pixel_decoder, self.backbone.out_channels, remat=remat, **kwargs
-        )
+        self.pixel_decoder = PixelDecoder(config.pixel_decoder, self.backbone.out_channels, remat=remat, **kwargs)
         self.mask_decoder = MaskDecoder(config.mask_decoder, remat=remat, **kwargs)
         self.association = (
             ViewAssociation(config.association, config.mask_decoder.hidden_dim, **kwargs)

@@ -53,9 +53,7 @@ class MLP(nnx.Module):
     ):
         self.layers = nnx.List(
             [
-                nnx.Linear(
-                    fan_in, fan_out, kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-                )
+                nnx.Linear(fan_in, fan_out, kernel_init=kernel_init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
                 for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True)
             ]
         )

@@ -164,9 +164,9 @@ def test_mask2former_is_the_same_code_without_views(model, golden, views):
 
 def test_remat_changes_nothing(model, views, output):
     graph, state = nnx.split(model)
-    again = nnx.merge(nnx.graphdef(nnx.eval_shape(
-        lambda: CropFormer(model.config, rngs=nnx.Rngs(0), remat=True)
-    )), state)
+    again = nnx.merge(
+        nnx.graphdef(nnx.eval_shape(lambda: CropFormer(model.config, rngs=nnx.Rngs(0), remat=True))), state
+    )
     result = nnx.jit(lambda model, image, size: model(image, size))(again, *views)
     assert_close(result.batch.logits, np.asarray(output.batch.logits), SIMPLE)
 
