@@ -1,18 +1,46 @@
 """What the configs share."""
 
 import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from esg_jax.input.pipeline import DataConfig
+from esg_jax.models.cropformer import CropFormerConfig
 from esg_jax.train.config import RunConfig
 
-# Prepared as data/README.md describes; another place: --config.data.sources.entityseg.annotations=...
+# EntitySeg laid out as its authors distribute it; elsewhere: --config.data.sources.entityseg.annotations=...
+_ROOT = "datasets/entityseg"
+_LABELS = f"{_ROOT}/annotations"
 ENTITYSEG = {
     "entityseg": {
         "reader": "coco_instances",
-        "annotations": "datasets/entityseg/annotations/entity_segmentation/entityv2_010203_entity_train_lr.json",
-        "images": "datasets/entityseg/images_lr",
+        "annotations": f"{_LABELS}/entity_segmentation/entityv2_010203_entity_train_lr.json",
+        "images": f"{_ROOT}/images_lr",
+    }
+}
+ENTITYSEG_INSTANCES = {
+    "entityseg": {
+        "reader": "coco_instances",
+        "annotations": f"{_LABELS}/instance_segmentation/entityv2_01_instances_train.json",
+        "images": f"{_ROOT}/images/entity_01_11580",
+    }
+}
+ENTITYSEG_PANOPTIC = {
+    "entityseg": {
+        "reader": "coco_panoptic",
+        "annotations": f"{_LABELS}/panoptic_segmentation/entityv2_01_panoptic_train.json",
+        "images": f"{_ROOT}/images/entity_01_11580",
+        "masks": f"{_LABELS}/panoptic_segmentation/panoptic_maps_train",
+    }
+}
+# The semantic maps fit the low-resolution images, not the originals.
+ENTITYSEG_SEMANTIC = {
+    "entityseg": {
+        "reader": "semantic_maps",
+        "annotations": f"{_LABELS}/semantic_segmentation/train.txt",
+        "images": f"{_ROOT}/images_lr/entity_01_11580",
+        "masks": f"{_LABELS}/semantic_segmentation/semantic_maps_train",
     }
 }
 
@@ -22,11 +50,23 @@ def as_config(run: RunConfig) -> ConfigDict:
     return ConfigDict(run.as_dict())
 
 
-def crop_data(**changes) -> DataConfig:
-    """The reference's crop loader on EntitySeg: whole image and one corner crop, shortest edge 640 to 800."""
-    return dataclasses.replace(DataConfig(sources=ENTITYSEG, mapper="entity_crop"), **changes)
+def crop_data(sources: dict[str, Any] = ENTITYSEG, **changes) -> DataConfig:
+    """The reference's crop loader: whole image and one corner crop, shortest edge 640 to 800."""
+    return dataclasses.replace(DataConfig(sources=sources, mapper="entity_crop"), **changes)
 
 
-def lsj_data(sources: dict, **changes) -> DataConfig:
+def lsj_data(sources: dict[str, Any], **changes) -> DataConfig:
     """Large-scale jitter, 1024 pixels, as the Mask2Former configs use."""
     return dataclasses.replace(DataConfig(sources=sources, mapper="lsj"), **changes)
+
+
+def model_of_size(size: str, *, window_size: int = 7) -> CropFormerConfig:
+    """swin_t, swin_l (with this window) or r50."""
+    sizes = {
+        "swin_t": CropFormerConfig.swin_tiny,
+        "swin_l": lambda: CropFormerConfig.swin_large(window_size),
+        "r50": CropFormerConfig.resnet50,
+    }
+    if size not in sizes:
+        raise ValueError(f"unknown model size {size!r}; choose one of {', '.join(sizes)}")
+    return sizes[size]()

@@ -10,8 +10,8 @@ import optax
 
 Schedule = Callable[[jax.Array], jax.Array]
 
-# Norm layers end in "norm" with an optional number; the parameters of such a layer are its scale and bias.
-NORM_PATTERN = r"(^|[._])(norm|bn)\w*\.(scale|bias)$"
+# norm, norm1, patch_norm, norms.3: every norm layer of the models is called so.
+NORM_PATTERN = r"(^|[._])norms?\d*(\.\d+)?\.(scale|bias)$"
 # nn.Embedding in the reference. The pixel decoder's level_embed is a plain parameter there and does decay.
 EMBEDDING_PATTERN = r"(^|\.)mask_decoder\.(query_feat|query_embed|level_embed)$"
 POSITION_TABLE_PATTERN = r"relative_position_bias_table$"

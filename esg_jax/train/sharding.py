@@ -40,11 +40,10 @@ Rules = Sequence[tuple[str, Placement]]
 # rule is the documented fallback; without it an unmatched parameter is an error.
 DEFAULT_RULES: Rules = (
     (r"(scale|bias|relative_position_bias_table|_embed|query_feat)$", P()),
-    (r"(class_head|sampling_offsets|attention_weights)\.kernel$", LargestDim()),
-    (r"(attention|association\S*)\.(query|key|value)\.kernel$", P(FSDP, MODEL)),
-    (r"attention\.out\.kernel$", P(MODEL, FSDP)),
-    (r"mlp\.(layers\.0|fc1)\.kernel$", P(FSDP, MODEL)),
-    (r"mlp\.(layers\.1|fc2)\.kernel$", P(MODEL, FSDP)),
+    (r"attention\.(query|key|value|qkv)\.kernel$", P(FSDP, MODEL)),
+    (r"attention\.(out|proj)\.kernel$", P(MODEL, FSDP)),
+    (r"(ffn\.mlp\.layers\.0|fc1)\.kernel$", P(FSDP, MODEL)),
+    (r"(ffn\.mlp\.layers\.1|fc2)\.kernel$", P(MODEL, FSDP)),
     (r"", LargestDim()),
 )
 
@@ -162,7 +161,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
         rows = len(value) * jax.process_count()
         if rows % shards:
             raise ValueError(
-                f"batch size {rows} does not divide over {shards} devices (data x fsdp); change config.batch_size or "
+                f"batch size {rows} does not divide over {shards} devices (data x fsdp); change config.data.batch_size or "
                 "config.mesh"
             )
         out[name] = jax.make_array_from_process_local_data(sharding, np.asarray(value))
