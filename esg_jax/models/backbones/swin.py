@@ -241,7 +241,7 @@ class Swin(nnx.Module):
 
 
 def _drop_path_scales(key, rate: float, blocks: int, batch: int) -> Float[Array, "l 2 b"] | None:
-    """0 or 1/keep for both residual branches of every block and sample; the drop rate grows linearly from 0 to `rate`."""
+    """0 or 1/keep for both branches of every block and sample; the drop rate grows linearly from 0 to `rate`."""
     if key is None or rate == 0:
         return None
     keep = 1 - jnp.linspace(0, rate, blocks)[:, None, None]
