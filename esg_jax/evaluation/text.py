@@ -12,7 +12,7 @@ from typing import Any
 from esg_jax.evaluation.accumulator import Accumulator
 
 _STOP = frozenset(
-    "a an the this that these those some any each every its his her their our my your of in on at and or with to".split()
+    "a an the this that these those some any each every its his her their our my your of in on at and or with".split()
 )
 _IRREGULAR = {
     "people": "person",
