@@ -48,7 +48,8 @@ def test_chunked_equals_whole(monkeypatch):
         return jnp.sin(deform_attn(values, shapes, locations, weights)).sum()
 
     whole = jax.value_and_grad(loss, (0, 1, 2))(*args)
-    monkeypatch.setattr("esg_jax.ops.deform_attn.xla._CHUNK_BYTES", 10_000)
+    monkeypatch.setattr("esg_jax.ops.deform_attn.xla._CHUNK_BYTES", 3_000)
+    monkeypatch.setattr("esg_jax.ops.deform_attn.xla._BLOCK_ROWS", 2_000)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), jax.value_and_grad(loss, (0, 1, 2))(*args), whole
     )

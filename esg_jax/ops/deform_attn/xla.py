@@ -1,20 +1,28 @@
 """Multi-scale deformable attention in plain XLA: the definition that every kernel is tested against.
 
 Deformable DETR (arXiv 2010.04159), eq. 3: a query sums `weight * bilinear(value, location)` over levels and points.
-Each sample is four rows of the value map, so the whole op is one gather of `4 * levels * points` rows per
-(query, head), followed by a weighted sum. Queries are processed in chunks whose gathered rows stay in cache; without
-chunks five views of 800x1333 would need tens of gigabytes. The backward pass gathers again instead of keeping rows.
+Each sample is four rows of the value map, so the whole op is one gather of K = 4 * levels * points rows per
+(query, head), followed by a weighted sum.
+
+Two nested scans bound memory. The outer one holds the K rows' indices and coefficients of a block of queries: they
+must exist in memory, because XLA would otherwise fuse them into the gather and recompute them for every channel. The
+inner one holds the gathered rows of a few queries, which then stay in cache. The backward pass is written by hand: it
+gathers again instead of keeping rows, and adds into one float32 map that the scan updates in place.
 """
 
+import functools
+
+import jax
 import numpy as np
-from jax import checkpoint, lax, vmap
+from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float, Int
 
 Shapes = tuple[tuple[int, int], ...]
 
-# Bytes of gathered float32 rows per chunk: about the last-level cache of a CPU core.
-_CHUNK_BYTES = 24 << 20
+# Measured on CPU (benchmarks/deform_attn.py): bytes of gathered float32 rows per inner step, and indices per outer one.
+_CHUNK_BYTES = 4 << 20
+_BLOCK_ROWS = 4 << 20
 
 
 def level_starts(shapes: Shapes) -> list[int]:
@@ -47,7 +55,7 @@ def corner_rows(
 
 def _linear_taps(location, size):
     """Two neighbouring pixel indices along one axis, clipped to the map, and their weights (0 outside)."""
-    # Clipping first keeps huge offsets inside int32 and NaN-free; at -1 and `size` both weights are zero anyway.
+    # Clipping first keeps huge offsets inside int32; at -1 and `size` both weights are zero anyway.
     pixel = jnp.clip(location * size.astype(np.float32) - 0.5, -1.0, size.astype(np.float32))
     low = jnp.floor(pixel)
     fraction = pixel - low
@@ -62,35 +70,120 @@ def _linear_taps(location, size):
     )
 
 
-def _take_rows(values_sd, rows):
-    return values_sd.at[rows].get(mode="promise_in_bounds")
-
-
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def deform_attn_xla(values_bshd, shapes: Shapes, locations_bqhlp2, weights_bqhlp):
     """See `api.deform_attn`; arguments are already checked."""
     batch, _, heads, channels = values_bshd.shape
-    queries, levels, points = locations_bqhlp2.shape[1], locations_bqhlp2.shape[3], locations_bqhlp2.shape[4]
+    queries = locations_bqhlp2.shape[1]
     if 0 in (*values_bshd.shape, *locations_bqhlp2.shape):
         return jnp.zeros((batch, queries, heads * channels), values_bshd.dtype)
     # Heads in front: a head's whole map is then contiguous, and small enough to stay in cache.
-    values_bhsd = values_bshd.transpose(0, 2, 1, 3)
+    values_bhsd, locations, weights = (_swap_heads(a) for a in (values_bshd, locations_bqhlp2, weights_bqhlp))
+    block, chunk = _block_sizes(values_bshd.shape, weights_bqhlp.shape)
 
-    def attend(locations, weights):
-        rows_bqhk, coefficients_bqhk = corner_rows(shapes, locations, weights)
-        gathered_bhqkd = vmap(vmap(_take_rows))(values_bhsd, rows_bqhk.transpose(0, 2, 1, 3))
-        out = jnp.einsum("bhqkd,bqhk->bqhd", gathered_bhqkd, coefficients_bqhk, preferred_element_type=jnp.float32)
-        return out.reshape(batch, locations.shape[1], heads * channels).astype(values_bshd.dtype)
+    def attend(rows_bhqk, coefficients_bhqk):
+        out = jnp.einsum("bhqk,bhqkd->bhqd", coefficients_bhqk, _take(values_bhsd, rows_bhqk), precision="highest")
+        return out.astype(values_bshd.dtype)
 
-    chunk = max(1, _CHUNK_BYTES // (4 * 4 * batch * heads * levels * points * channels))
-    if chunk >= queries:
-        return attend(locations_bqhlp2, weights_bqhlp)
-    chunks = -(-queries // chunk)
-    chunk = -(-queries // chunks)
+    def attend_block(locations, weights):
+        return _map_queries(attend, chunk, corner_rows(shapes, locations, weights))
+
+    out_bhqd = _map_queries(attend_block, block, (locations, weights))
+    return _swap_heads(out_bhqd).reshape(batch, queries, heads * channels)
+
+
+def _forward(values_bshd, shapes, locations_bqhlp2, weights_bqhlp):
+    residuals = (values_bshd, locations_bqhlp2, weights_bqhlp)
+    return deform_attn_xla(values_bshd, shapes, locations_bqhlp2, weights_bqhlp), residuals
+
+
+def _backward(shapes, residuals, grad_out):
+    values_bshd, locations_bqhlp2, weights_bqhlp = residuals
+    batch, _, heads, channels = values_bshd.shape
+    if 0 in (*values_bshd.shape, *locations_bqhlp2.shape):
+        return tuple(jnp.zeros_like(a) for a in residuals)
+    values_bhsd, locations, weights = (_swap_heads(a) for a in residuals)
+    grad_bhqd = _swap_heads(grad_out.astype(jnp.float32).reshape(batch, -1, heads, channels))
+    block, chunk = _block_sizes(values_bshd.shape, weights_bqhlp.shape)
+
+    def pull(grad_values_bhsd, rows_bhqk, coefficients_bhqk, grad_bhqd):
+        grad_coefficients = jnp.einsum(
+            "bhqkd,bhqd->bhqk", _take(values_bhsd, rows_bhqk), grad_bhqd, precision="highest"
+        )
+        updates_bhqkd = coefficients_bhqk[..., None] * grad_bhqd[:, :, :, None]
+        return _add(grad_values_bhsd, rows_bhqk, updates_bhqkd), grad_coefficients
+
+    def pull_block(grad_values_bhsd, locations, weights, grad_bhqd):
+        def corners(locations, weights):
+            rows, coefficients = corner_rows(shapes, locations, weights)
+            return coefficients, rows
+
+        coefficients, pull_corners, rows = jax.vjp(corners, locations, weights, has_aux=True)
+        grad_values_bhsd, grad_coefficients = _scan_queries(
+            pull, chunk, grad_values_bhsd, (rows, coefficients, grad_bhqd)
+        )
+        return grad_values_bhsd, pull_corners(grad_coefficients)
+
+    grad_values_bhsd, grads = _scan_queries(
+        pull_block, block, jnp.zeros(values_bhsd.shape, jnp.float32), (locations, weights, grad_bhqd)
+    )
+    grad_values, grad_locations, grad_weights = (_swap_heads(a) for a in (grad_values_bhsd, *grads))
+    return grad_values.astype(values_bshd.dtype), grad_locations, grad_weights
+
+
+deform_attn_xla.defvjp(_forward, _backward)
+
+
+def _swap_heads(array):
+    return jnp.swapaxes(array, 1, 2)
+
+
+def _block_sizes(values_shape, weights_shape):
+    """Queries of the outer and of the inner scan."""
+    batch, _, heads, channels = values_shape
+    rows_per_query = 4 * batch * heads * weights_shape[3] * weights_shape[4]
+    chunk = max(1, _CHUNK_BYTES // (4 * channels * rows_per_query))
+    return max(chunk, _BLOCK_ROWS // rows_per_query), chunk
+
+
+@functools.partial(jax.vmap, in_axes=(0, 0))
+@functools.partial(jax.vmap, in_axes=(0, 0))
+def _take(values_sd, rows_qk):
+    rows = values_sd.at[rows_qk.reshape(-1)].get(mode="promise_in_bounds")
+    return rows.reshape(*rows_qk.shape, -1).astype(jnp.float32)
+
+
+@functools.partial(jax.vmap, in_axes=(0, 0, 0))
+@functools.partial(jax.vmap, in_axes=(0, 0, 0))
+def _add(grad_values_sd, rows_qk, updates_qkd):
+    updates = updates_qkd.reshape(-1, updates_qkd.shape[-1])
+    return grad_values_sd.at[rows_qk.reshape(-1)].add(updates, mode="promise_in_bounds")
+
+
+def _map_queries(function, size, args):
+    """`function(*args)` computed for `size` queries (axis 2 of every array) at a time."""
+    return _scan_queries(lambda _, *chunk: (None, function(*chunk)), size, None, args)[1]
+
+
+def _scan_queries(function, size, carry, args):
+    """Scan of `carry, outputs = function(carry, *args)` over chunks of at most `size` queries, axis 2 of every array.
+
+    Zero padding of the last chunk adds zeros everywhere, since the padded coefficients are zero.
+    """
+    queries = args[0].shape[2]
+    chunks = -(-queries // size)
+    if chunks == 1:
+        return function(carry, *args)
+    size = -(-queries // chunks)
 
     def split(array):
-        padding = [(0, 0), (0, chunks * chunk - queries), *[(0, 0)] * (array.ndim - 2)]
-        return jnp.moveaxis(jnp.pad(array, padding).reshape(batch, chunks, chunk, *array.shape[2:]), 1, 0)
+        padding = [(0, chunks * size - queries) if axis == 2 else (0, 0) for axis in range(array.ndim)]
+        padded = jnp.pad(array, padding)
+        return jnp.moveaxis(padded.reshape(*array.shape[:2], chunks, size, *array.shape[3:]), 2, 0)
 
-    body = checkpoint(attend, prevent_cse=False)
-    out = lax.map(lambda args: body(*args), (split(locations_bqhlp2), split(weights_bqhlp)))
-    return jnp.moveaxis(out, 0, 1).reshape(batch, chunks * chunk, -1)[:, :queries]
+    def join(array):
+        array = jnp.moveaxis(array, 0, 2)
+        return array.reshape(*array.shape[:2], chunks * size, *array.shape[4:])[:, :, :queries]
+
+    carry, outputs = lax.scan(lambda carry, chunk: function(carry, *chunk), carry, tuple(map(split, args)))
+    return carry, jax.tree.map(join, outputs)
