@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from esg_jax import config as config_lib
@@ -96,6 +97,7 @@ def initial_weights(config: RunConfig, shapes):
 
 def start_logging() -> None:
     """Our lines on stdout with a clock; of other libraries only warnings."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     log.addHandler(handler)
