@@ -106,6 +106,11 @@ def encode_label_map(
     return rles, areas
 
 
+def bounding_box(encoded: dict[str, Any]) -> list[int]:
+    """COCO ``bbox`` (x, y, width, height) in pixels of a compressed RLE dictionary."""
+    return [int(value) for value in coco_mask.toBbox(encoded)]
+
+
 def label_layers(
     counts: Sequence[Integer[np.ndarray, "runs"]], height: int, width: int
 ) -> list[Int[np.ndarray, "height width"]]:

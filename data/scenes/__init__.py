@@ -1,0 +1,39 @@
+"""Procedural scenes: dense, exactly partitioned pictures composed from photographs and textures."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from data.scenes.layout import make_layout
+from data.scenes.render import render
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneConfig:
+    """long_side: pixels, uniform; aspects: long over short side, one is drawn; entities: about log-uniform."""
+
+    long_side: tuple[int, int] = (1500, 2500)
+    aspects: tuple[float, ...] = (1.0, 1.25, 4 / 3, 4 / 3, 1.5, 1.5, 16 / 9)
+    entities: tuple[int, int] = (5, 40)
+    portrait: float = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """image: RGB 0..255. labels: 1..count, every pixel belongs to one entity."""
+
+    image: UInt8[np.ndarray, "height width 3"]
+    labels: Int[np.ndarray, "height width"]
+    count: int
+    style: str
+
+
+def render_scene(seed: int | tuple[int, ...], config: SceneConfig = SceneConfig()) -> Scene:
+    """The scene of a seed; equal seeds give equal pixels (with equal versions of numpy, PIL and scikit-image)."""
+    rng = np.random.default_rng(seed)
+    long_side = int(rng.integers(config.long_side[0], config.long_side[1] + 1))
+    short_side = int(long_side / rng.choice(config.aspects))
+    width, height = (short_side, long_side) if rng.random() < config.portrait else (long_side, short_side)
+    layout = make_layout(rng, width, height, config.entities)
+    return Scene(render(rng, layout), layout.labels, len(layout.items), layout.style)
