@@ -12,6 +12,7 @@ from typing import Any
 from esg_jax.evaluation import formats, panoptic
 from esg_jax.evaluation.average_precision import AveragePrecision, EntityAP
 from esg_jax.evaluation.best_overlap import BestOverlap
+from esg_jax.evaluation.dis import DichotomousMeasures
 from esg_jax.evaluation.driver import accumulate
 from esg_jax.evaluation.lvis import LvisAP
 from esg_jax.evaluation.panoptic import PanopticQuality
@@ -170,6 +171,20 @@ def _label_map(path: Path):
     if image.ndim != 2:
         raise EvaluationError(f"{path}: a label map has one channel (greyscale or palette), got shape {image.shape}")
     return image
+
+
+def dichotomous(
+    gt: str | Path, pred: str | Path, *, correction_effort: bool = True, workers: int = 1
+) -> DichotomousMeasures:
+    """DIS measures of the grey PNGs in folder `pred` against those of the same names in `gt`."""
+    pairs = paired_files(gt, pred)
+    metric = DichotomousMeasures(correction_effort=correction_effort)
+    return accumulate(metric, pairs, _add_grey, workers=workers, description="DIS measures")
+
+
+def _add_grey(metric: DichotomousMeasures, pair: tuple[str, Path, Path]) -> None:
+    name, gt, pred = pair
+    metric.add(name, formats.read_image(pred, "L"), formats.read_image(gt, "L"))
 
 
 def paired_files(gt: str | Path, pred: str | Path, suffixes: Sequence[str] = (".png",)) -> list[tuple[str, Path, Path]]:

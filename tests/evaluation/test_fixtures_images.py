@@ -164,3 +164,16 @@ def test_lvis_ap(shared, kind, variant):
     options = {"AP": {}, "maxdets20": {"max_dets": 20}, "fixed": {"top_per_class": 40}}[variant]
     metric = tasks.lvis_ap(folder / "gt.json", folder / f"predictions_{kind}.json", kind=kind, **options)
     assert_close(metric.result(), expected[f"{kind}_{variant}"])
+
+
+def test_dichotomous_measures(shared):
+    pytest.importorskip("cv2")
+    pytest.importorskip("skimage")
+    folder, expected = fixture(shared, "dis")
+    result = tasks.dichotomous(folder / "gt", folder / "pred").result()
+    names = ("maxF", "meanF", "adpF", "wF", "S", "E_mean", "E_max", "E_adp", "MAE", "F_curve", "E_curve", "HCE")
+    assert_close(result, {name: expected[name] for name in names})
+    per_image = expected["per_image"]
+    assert_close(result, {f"{name}_per_image": per_image[name] for name in ("wF", "S", "MAE")})
+    parts = [row[:4] for row in per_image["HCE_FPpts_FPind_FNpts_FNind_total"]]
+    assert_close(result["HCE_parts_per_image"], parts)
