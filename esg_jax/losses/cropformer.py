@@ -1,0 +1,262 @@
+"""Losses of CropFormer and Mask2Former (ESG, Eq. 6-7; Mask2Former, sections 3.2-3.3).
+
+Both levels are the same computation on items that have T views each: at the image level every view is an item of its
+own (T = 1), at the batch level an item is an image with all its views.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from esg_jax.ops.matching import match
+from esg_jax.ops.point_sample import point_sample, point_sample_features, point_sample_packed
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Weights and number of sampled points; the defaults are the reference's.
+
+    Attributes:
+        class_weight, mask_weight, dice_weight: of the three terms, in matching and in the loss.
+        no_object_weight: of unmatched queries in the classification loss.
+        num_points: points per mask at which mask terms are evaluated.
+        oversample_ratio: candidates per point from which the most uncertain are chosen.
+        importance_sample_ratio: share of the points chosen so; the others are uniform.
+        image_level_factor: on all losses of the image level when there is a batch level (paper: 1).
+    """
+
+    class_weight: float = 2.0
+    mask_weight: float = 5.0
+    dice_weight: float = 5.0
+    no_object_weight: float = 0.1
+    num_points: int = 12544
+    oversample_ratio: float = 3.0
+    importance_sample_ratio: float = 0.75
+    image_level_factor: float = 0.5
+
+    @property
+    def num_candidates(self) -> int:
+        return int(self.num_points * self.oversample_ratio)
+
+    @property
+    def num_important(self) -> int:
+        return int(self.num_points * self.importance_sample_ratio)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """Random points of one level, (x, y) in [0, 1]; P predictions, M items, N targets, T views.
+
+    Attributes:
+        matching: shared by all masks and views of an item.
+        candidates: for importance sampling, per mask and view.
+        uniform: the points that are not chosen by importance.
+    """
+
+    matching: Float[Array, "p m k 2"]
+    candidates: Float[Array, "p m n t c 2"]
+    uniform: Float[Array, "p m n t u 2"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Level:
+    """What one level is compared with; see the shapes of `Points`."""
+
+    features: Float[Array, "m t h w c"]
+    masks: UInt8[Array, "m n t y x8"]
+    labels: Int[Array, "m n"]
+    present: Bool[Array, "m n"]
+
+
+def loss_normalizers(batch: Mapping[str, Array], num_queries: int, config: LossConfig) -> dict[str, Array]:
+    """Divisors of the losses, which depend on the targets only.
+
+    Gradient accumulation passes those of the whole batch to every micro-batch, so that the sum equals the big batch
+    exactly.
+
+    Args:
+        batch: needs `present` (B, N) and `valid` (B, N, T).
+        num_queries: of the model.
+        config: needs `no_object_weight`.
+
+    Returns:
+        For each level ("image", "batch") the number of target masks and the sum of the classification weights.
+    """
+
+    def level(count_m):
+        total = jnp.sum(count_m).astype(jnp.float32)
+        matched = jnp.minimum(count_m, num_queries).astype(jnp.float32)
+        weights = jnp.sum(matched + config.no_object_weight * (num_queries - matched))
+        return {"masks": jnp.maximum(total, 1.0), "weights": weights}
+
+    valid = batch["valid"] & batch["present"][..., None]
+    # At the batch level an entity counts once, although its masks in all views enter the loss.
+    return {"image": level(jnp.sum(valid, axis=1).reshape(-1)), "batch": level(jnp.sum(batch["present"], axis=1))}
+
+
+def cropformer_loss(
+    output,
+    batch: Mapping[str, Array],
+    keys: Array,
+    config: LossConfig,
+    *,
+    normalizers: Mapping | None = None,
+    points: Mapping[str, Points] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Sum of all losses with deep supervision.
+
+    Args:
+        output: a `CropFormerOutput` with all predictions.
+        batch: targets: `masks` uint8 (B, N, T, H, W/8) packed bits, `labels` int (B, N), `present` bool (B, N),
+            `valid` bool (B, N, T).
+        keys: one PRNG key per image, (B,); draws the points.
+        config: weights.
+        normalizers: divisors from `loss_normalizers`; by default those of this batch.
+        points: fixed points per level ("image", "batch") instead of random ones.
+
+    Returns:
+        The total, and its weighted terms loss_{ce,mask,dice}[_i][_2d|_3d]: i counts predictions from the raw queries
+        (0), the final one has no number; 2d is the image level, 3d the batch level, no suffix without batch level.
+    """
+    if normalizers is None:
+        normalizers = loss_normalizers(batch, output.image.logits.shape[2], config)
+    views, num_images = batch["valid"].shape[2], len(batch["present"])
+    features, masks = output.mask_features, batch["masks"]
+    view_keys = jax.vmap(lambda key: jax.random.split(key, views + 1))(keys)  # the last one is for the batch level
+
+    def per_view(x_bnt):
+        """(B, N, T, ...) -> (B*T, N, ...)."""
+        return jnp.moveaxis(x_bnt, 2, 1).reshape(num_images * views, x_bnt.shape[1], *x_bnt.shape[3:])
+
+    image_level = _Level(
+        features=features.reshape(-1, 1, *features.shape[2:]),
+        masks=per_view(masks)[:, :, None],
+        labels=jnp.repeat(batch["labels"], views, axis=0),
+        present=per_view(batch["valid"] & batch["present"][..., None]),
+    )
+    levels = {"image": (output.image, image_level, view_keys[:, :-1].reshape(-1), "_2d", config.image_level_factor)}
+    if output.batch is None:
+        levels["image"] = (*levels["image"][:3], "", 1.0)
+    else:
+        batch_level = _Level(features, masks, batch["labels"], batch["present"])
+        levels["batch"] = (output.batch, batch_level, view_keys[:, -1], "_3d", 1.0)
+
+    terms = {}
+    for name, (decoder, level, level_keys, suffix, factor) in levels.items():
+        fixed = None if points is None else points[name]
+        values = _level_losses(decoder, level, level_keys, config, normalizers[name], fixed)
+        last = len(decoder.logits) - 1
+        for term, weight in (("ce", config.class_weight), ("mask", config.mask_weight), ("dice", config.dice_weight)):
+            for index in range(last + 1):
+                number = "" if index == last else f"_{index}"
+                terms[f"loss_{term}{number}{suffix}"] = factor * weight * values[term][index]
+    return sum(terms.values()), terms
+
+
+def _level_losses(decoder, level: _Level, keys, config, normalizers, fixed: Points | None) -> dict[str, Array]:
+    """Unweighted terms of every prediction of a level, each (P,)."""
+
+    # One prediction at a time, recomputed in the backward pass: memory holds the masks of a single one.
+    @jax.checkpoint
+    def one(carry, prediction):
+        index, logits, mask_embed, points = prediction
+        if points is None:
+            item_keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+            points = draw_points(item_keys, level.masks.shape[1:3], config)
+        return carry, _prediction_losses(logits, mask_embed, level, points, config, normalizers)
+
+    indices = jnp.arange(len(decoder.logits))
+    return jax.lax.scan(one, None, (indices, decoder.logits, decoder.mask_embed, fixed))[1]
+
+
+def draw_points(keys: Array, targets_and_views: tuple[int, int], config: LossConfig) -> Points:
+    """Uniform points for the items with the given keys, without the leading axis of predictions."""
+
+    def draw(key):
+        first, second, third = jax.random.split(key, 3)
+        return Points(
+            matching=jax.random.uniform(first, (config.num_points, 2)),
+            candidates=jax.random.uniform(second, (*targets_and_views, config.num_candidates, 2)),
+            uniform=jax.random.uniform(third, (*targets_and_views, config.num_points - config.num_important, 2)),
+        )
+
+    return jax.vmap(draw)(keys)
+
+
+def _prediction_losses(logits_mqk, mask_embed_mqc, level: _Level, points: Points, config, normalizers):
+    query, matched = jax.lax.stop_gradient(match_targets(logits_mqk, mask_embed_mqc, level, points.matching, config))
+
+    # Classification: the label of the matched target, no-object for all other queries.
+    no_object = logits_mqk.shape[-1] - 1
+    slots = jnp.where(matched, query, logits_mqk.shape[1])  # unmatched targets write out of bounds, which is dropped
+    rows = jnp.arange(len(slots))[:, None]
+    classes = jnp.full(logits_mqk.shape[:2], no_object).at[rows, slots].set(level.labels, mode="drop")
+    log_probability = jax.nn.log_softmax(logits_mqk)
+    negative = -jnp.take_along_axis(log_probability, classes[..., None], axis=-1)[..., 0]
+    weight = jnp.where(classes == no_object, config.no_object_weight, 1.0)
+    ce = jnp.sum(negative * weight) / normalizers["weights"]
+
+    # Masks of matched queries only; slots without a target use query 0 and are masked out below.
+    embed_mnc = jnp.take_along_axis(mask_embed_mqc, query[..., None], axis=1)
+    maps = jnp.einsum("mnc,mthwc->mnthw", embed_mnc, level.features)
+    chosen = _important_points(jax.lax.stop_gradient(maps), points, config)
+    logits = point_sample(maps, chosen)
+    target = point_sample_packed(level.masks, chosen)
+    bce = jnp.mean(jax.nn.softplus(logits) - logits * target, axis=-1)
+    probability = jax.nn.sigmoid(logits)
+    overlap, total = jnp.sum(probability * target, axis=-1), jnp.sum(probability, axis=-1) + jnp.sum(target, axis=-1)
+    dice = 1 - (2 * overlap + 1) / (total + 1)
+    keep = matched[..., None]
+    return {
+        "ce": ce,
+        "mask": jnp.sum(jnp.where(keep, bce, 0.0)) / normalizers["masks"],
+        "dice": jnp.sum(jnp.where(keep, dice, 0.0)) / normalizers["masks"],
+    }
+
+
+def match_targets(
+    logits_mqk: Float[Array, "m q k"],
+    mask_embed_mqc: Float[Array, "m q c"],
+    level: _Level,
+    points_mk2: Float[Array, "m k 2"],
+    config: LossConfig,
+) -> tuple[Int[Array, "m n"], Bool[Array, "m n"]]:
+    """Assigns targets to queries by class probability, BCE and dice at the given points of all views.
+
+    Mask logits at a point are the embedding times the features sampled there, so one gather of features serves all
+    queries.
+    """
+    items, targets, views = level.masks.shape[:3]
+    samples = points_mk2.shape[1]
+    points = jnp.broadcast_to(points_mk2[:, None], (items, views, samples, 2))
+    features = point_sample_features(level.features, points).reshape(items, views * samples, -1)
+    logits = jnp.einsum("mqc,msc->mqs", mask_embed_mqc, features)
+    points = jnp.broadcast_to(points[:, None], (items, targets, views, samples, 2))
+    target = point_sample_packed(level.masks, points).reshape(items, targets, views * samples)
+
+    dot = jnp.einsum("mqs,mns->mqn", logits, target)
+    # softplus(-x) t + softplus(x) (1 - t) = softplus(x) - x t
+    bce = (jnp.sum(jax.nn.softplus(logits), axis=-1)[..., None] - dot) / logits.shape[-1]
+    probability = jax.nn.sigmoid(logits)
+    overlap = jnp.einsum("mqs,mns->mqn", probability, target)
+    total = jnp.sum(probability, axis=-1)[..., None] + jnp.sum(target, axis=-1)[:, None]
+    dice = 1 - (2 * overlap + 1) / (total + 1)
+    classes = jnp.broadcast_to(level.labels[:, None], (items, logits_mqk.shape[1], targets))
+    probability = jnp.take_along_axis(jax.nn.softmax(logits_mqk), classes, axis=-1)
+    cost = config.mask_weight * bce - config.class_weight * probability + config.dice_weight * dice
+    return match(cost, level.present)
+
+
+def _important_points(maps_mnthw, points: Points, config: LossConfig) -> Float[Array, "m n t k 2"]:
+    """The most uncertain candidates of every mask, and the uniform points."""
+    if config.num_important == 0:
+        return points.uniform
+    uncertainty = -jnp.abs(point_sample(maps_mnthw, points.candidates))
+    _, index = jax.lax.top_k(uncertainty, config.num_important)
+    chosen = jnp.take_along_axis(points.candidates, index[..., None], axis=-2)
+    return jnp.concatenate([chosen, points.uniform], axis=-2)
