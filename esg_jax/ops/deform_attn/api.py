@@ -1,11 +1,14 @@
 """Multi-scale deformable attention: one differentiable function, several implementations."""
 
+import functools
 from typing import Literal
 
+import jax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from esg_jax.ops.deform_attn.xla import Shapes, deform_attn_xla
+from esg_jax.ops.deform_attn import xla
+from esg_jax.ops.deform_attn.xla import Shapes
 
 Implementation = Literal["xla"]
 
@@ -37,12 +40,35 @@ def deform_attn(
     Raises:
       ValueError: shapes of the arguments do not fit together, or the implementation is unknown.
     """
+    shapes = tuple((int(height), int(width)) for height, width in shapes)
     _check(values_bshd, shapes, locations_bqhlp2, weights_bqhlp)
     if implementation not in (None, "xla"):
         raise ValueError(f"deform_attn: unknown implementation {implementation!r}; use None or 'xla'")
-    locations_bqhlp2 = locations_bqhlp2.astype(jnp.float32)
-    weights_bqhlp = weights_bqhlp.astype(jnp.float32)
-    return deform_attn_xla(values_bshd, shapes, locations_bqhlp2, weights_bqhlp)
+    if 0 in (*values_bshd.shape, *locations_bqhlp2.shape):
+        batch, _, heads, channels = values_bshd.shape
+        return jnp.zeros((batch, locations_bqhlp2.shape[1], heads * channels), values_bshd.dtype)
+    return _deform_attn(
+        values_bshd, locations_bqhlp2.astype(jnp.float32), weights_bqhlp.astype(jnp.float32), shapes, implementation
+    )
+
+
+# The rule is outside the choice of backend: residuals are the arguments, whatever computes the output.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _deform_attn(values, locations, weights, shapes, implementation):
+    return xla.forward(values, shapes, locations, weights)
+
+
+def _forward(values, locations, weights, shapes, implementation):
+    return _deform_attn(values, locations, weights, shapes, implementation), (values, locations, weights)
+
+
+def _backward(shapes, implementation, residuals, grad_out):
+    values, locations, weights = residuals
+    grad_values, grad_locations, grad_weights = xla.backward(values, shapes, locations, weights, grad_out)
+    return grad_values.astype(values.dtype), grad_locations, grad_weights
+
+
+_deform_attn.defvjp(_forward, _backward)
 
 
 def _check(values, shapes, locations, weights):
@@ -57,8 +83,9 @@ def _check(values, shapes, locations, weights):
             f"deform_attn: values {values.shape}, locations {locations.shape} and weights {weights.shape} disagree "
             "about batch, queries, heads, levels or points"
         )
-    if len(shapes) != locations.shape[3] or sum(h * w for h, w in shapes) != rows:
+    area = sum(height * width for height, width in shapes)
+    if len(shapes) != locations.shape[3] or area != rows:
         raise ValueError(
-            f"deform_attn: {len(shapes)} levels {shapes} hold {sum(h * w for h, w in shapes)} pixels, but values "
-            f"have {rows} rows and locations {locations.shape[3]} levels"
+            f"deform_attn: {len(shapes)} levels {shapes} hold {area} pixels, but values have {rows} rows and locations "
+            f"{locations.shape[3]} levels"
         )

@@ -55,28 +55,25 @@ def corner_rows(
 
 def _linear_taps(location, size):
     """Two neighbouring pixel indices along one axis, clipped to the map, and their weights (0 outside)."""
-    # Clipping first keeps huge offsets inside int32; at -1 and `size` both weights are zero anyway.
-    pixel = jnp.clip(location * size.astype(np.float32) - 0.5, -1.0, size.astype(np.float32))
+    pixel = location * size.astype(np.float32) - 0.5
     low = jnp.floor(pixel)
     fraction = pixel - low
-    low = low.astype(jnp.int32)
+    # Clipped before the cast, so that huge offsets stay inside int32.
+    low = jnp.clip(low, -2, size + 1).astype(jnp.int32)
     high = low + 1
     last = size - 1
     return (
         jnp.clip(low, 0, last),
         jnp.clip(high, 0, last),
         jnp.where((low >= 0) & (low <= last), 1.0 - fraction, 0.0),
-        jnp.where(high <= last, fraction, 0.0),
+        jnp.where((high >= 0) & (high <= last), fraction, 0.0),
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def deform_attn_xla(values_bshd, shapes: Shapes, locations_bqhlp2, weights_bqhlp):
-    """See `api.deform_attn`; arguments are already checked."""
+def forward(values_bshd, shapes: Shapes, locations_bqhlp2, weights_bqhlp):
+    """Output (B, Q, H*D) in the dtype of the values; see `api.deform_attn`, which checks the arguments."""
     batch, _, heads, channels = values_bshd.shape
     queries = locations_bqhlp2.shape[1]
-    if 0 in (*values_bshd.shape, *locations_bqhlp2.shape):
-        return jnp.zeros((batch, queries, heads * channels), values_bshd.dtype)
     # Heads in front: a head's whole map is then contiguous, and small enough to stay in cache.
     values_bhsd, locations, weights = (_swap_heads(a) for a in (values_bshd, locations_bqhlp2, weights_bqhlp))
     block, chunk = _block_sizes(values_bshd.shape, weights_bqhlp.shape)
@@ -92,17 +89,10 @@ def deform_attn_xla(values_bshd, shapes: Shapes, locations_bqhlp2, weights_bqhlp
     return _swap_heads(out_bhqd).reshape(batch, queries, heads * channels)
 
 
-def _forward(values_bshd, shapes, locations_bqhlp2, weights_bqhlp):
-    residuals = (values_bshd, locations_bqhlp2, weights_bqhlp)
-    return deform_attn_xla(values_bshd, shapes, locations_bqhlp2, weights_bqhlp), residuals
-
-
-def _backward(shapes, residuals, grad_out):
-    values_bshd, locations_bqhlp2, weights_bqhlp = residuals
+def backward(values_bshd, shapes: Shapes, locations_bqhlp2, weights_bqhlp, grad_out):
+    """Gradients (values, locations, weights), all float32, for the gradient (B, Q, H*D) of the output."""
     batch, _, heads, channels = values_bshd.shape
-    if 0 in (*values_bshd.shape, *locations_bqhlp2.shape):
-        return tuple(jnp.zeros_like(a) for a in residuals)
-    values_bhsd, locations, weights = (_swap_heads(a) for a in residuals)
+    values_bhsd, locations, weights = (_swap_heads(a) for a in (values_bshd, locations_bqhlp2, weights_bqhlp))
     grad_bhqd = _swap_heads(grad_out.astype(jnp.float32).reshape(batch, -1, heads, channels))
     block, chunk = _block_sizes(values_bshd.shape, weights_bqhlp.shape)
 
@@ -127,11 +117,7 @@ def _backward(shapes, residuals, grad_out):
     grad_values_bhsd, grads = _scan_queries(
         pull_block, block, jnp.zeros(values_bhsd.shape, jnp.float32), (locations, weights, grad_bhqd)
     )
-    grad_values, grad_locations, grad_weights = (_swap_heads(a) for a in (grad_values_bhsd, *grads))
-    return grad_values.astype(values_bshd.dtype), grad_locations, grad_weights
-
-
-deform_attn_xla.defvjp(_forward, _backward)
+    return tuple(_swap_heads(a) for a in (grad_values_bhsd, *grads))
 
 
 def _swap_heads(array):
