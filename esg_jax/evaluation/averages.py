@@ -22,7 +22,35 @@ ODINW13 = (
     "thermalDogsAndPeople",
     "VehiclesOpenImages",
 )
+SGINW = (
+    "Airplane-Parts",
+    "Bottles",
+    "Brain-Tumor",
+    "Chicken",
+    "Cows",
+    "Electric-Shaver",
+    "Elephants",
+    "Fruits",
+    "Garbage",
+    "Ginger-Garlic",
+    "Hand-Metal",
+    "Hand",
+    "House-Parts",
+    "HouseHold-Items",
+    "Nutterfly-Squireel",
+    "Phones",
+    "Poles",
+    "Puppies",
+    "Rail",
+    "Salmon-Fillet",
+    "Strawberry",
+    "Tablets",
+    "Toolkits",
+    "Trash",
+    "Watermelon",
+)
 IN_THE_WILD = ("LVIS", "OCID", "CAMO", "FSS")  # ESG Table 8
+SETS = {"odinw13": ODINW13, "sginw": SGINW, "in-the-wild": IN_THE_WILD}
 
 
 def average(scores: Mapping[str, float], expected: Sequence[str] | None = None) -> float:

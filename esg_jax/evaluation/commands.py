@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from esg_jax.evaluation import report, tasks
+from esg_jax.evaluation import averages, report, tasks, tasks_grounding, tasks_video
+from esg_jax.evaluation.rle import EvaluationError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,88 @@ METRICS: dict[str, Metric] = {
             _option("--boundary", action="store_true", help="also boundary IoU per class"),
         ),
     ),
+    "lvis-ap": Metric(
+        "LVIS AP with rare / common / frequent classes (LVIS JSON)",
+        lambda a: tasks.lvis_ap(
+            a.gt, a.pred, kind=a.kind, max_dets=a.max_dets, top_per_class=a.fixed, workers=a.workers
+        ),
+        ("AP", "APr", "APc", "APf"),
+        (
+            _option("--kind", choices=("segm", "bbox"), default="segm", help="overlap (default: segm)"),
+            _option("--max-dets", type=int, default=300, help="predictions per image (default: 300)"),
+            _option("--fixed", type=int, nargs="?", const=10000, help="AP fixed: best N per class instead (10000)"),
+        ),
+        many=True,
+    ),
+    "dis": Metric(
+        "dichotomous segmentation: F, weighted F, MAE, S, E, HCE (folders of grey PNGs)",
+        lambda a: tasks.dichotomous(a.gt, a.pred, correction_effort=not a.no_hce, workers=a.workers),
+        ("maxF", "wF", "MAE", "S", "E_mean", "HCE"),
+        (_option("--no-hce", action="store_true", help="leave out HCE, the slow one"),),
+    ),
+    "png-ar": Metric(
+        "panoptic narrative grounding: AR for all, things, stuff, singular, plural (JSON, see docs/evaluation.md)",
+        lambda a: tasks_grounding.phrase_grounding(a.gt, a.pred, soft=a.soft, workers=a.workers),
+        ("AR", "AR_Th", "AR_St", "AR_Sing", "AR_Pl"),
+        (_option("--soft", action="store_true", help="the 2021 protocol: soft masks through 256x256"),),
+    ),
+    "res": Metric(
+        "referring / reasoning segmentation: cIoU, gIoU (JSON, see docs/evaluation.md)",
+        lambda a: tasks_grounding.referring_segmentation(a.gt, a.pred, workers=a.workers),
+        ("cIoU", "gIoU"),
+    ),
+    "rec": Metric(
+        "referring comprehension: P@0.5 and others of boxes or masks (COCO JSON, one annotation per image)",
+        lambda a: tasks_grounding.referring_comprehension(a.gt, a.pred, kind=a.kind, workers=a.workers),
+        ("P@0.5", "mIoU", "oIoU"),
+        (_option("--kind", choices=("bbox", "segm"), default="bbox", help="overlap (default: bbox)"),),
+        many=True,
+    ),
+    "click": Metric(
+        "1-click interactive segmentation: mean IoU over instances (JSON, see docs/evaluation.md)",
+        lambda a: tasks_grounding.click_iou(a.gt, a.pred),
+        ("mIoU_1click",),
+    ),
+    "ar-text": Metric(
+        "recall of grounded nouns in text, strict and loose (JSON, see docs/evaluation.md)",
+        lambda a: tasks_grounding.text_recall(a.gt, a.pred),
+        ("AR_text_strict", "AR_text_loose"),
+    ),
+    "consistency": Metric(
+        "annotation consistency: mAP of one annotator (--pred) against another (--gt), and class accuracy (COCO JSON)",
+        lambda a: tasks.consistency(a.gt, a.pred, workers=a.workers),
+        ("mAP", "ACC"),
+    ),
+    "jf": Metric(
+        "video object segmentation: J, F, J&F; YouTube-VOS G (folders SEQUENCE/FRAME.png)",
+        lambda a: tasks_video.video_object_segmentation(
+            a.gt, a.pred, protocol=a.protocol, meta=a.meta, sequences=a.sequences, workers=a.workers
+        ),
+        ("JF", "J", "F"),
+        (
+            _option("--protocol", choices=("davis", "youtube_vos", "all_frames"), default="davis", help="see the docs"),
+            _option("--meta", help="YouTube-VOS meta.json with first frames and seen classes"),
+            _option("--sequences", help="text file or JSON list of the sequences to score"),
+        ),
+    ),
+    "video-ap": Metric(
+        "video instance segmentation AP (YouTube-VIS / OVIS JSON)",
+        lambda a: tasks_video.video_instance_ap(a.gt, a.pred, workers=a.workers),
+        ("AP", "AP50", "AP75", "AR1", "AR10"),
+        many=True,
+    ),
+    "hota": Metric(
+        "HOTA of mask tracks (BURST JSON)",
+        lambda a: tasks_video.burst_hota(a.gt, a.pred, overlap=a.overlap, workers=a.workers),
+        ("HOTA", "DetA", "AssA", "LocA"),
+        (_option("--overlap", choices=("box", "mask"), default="box", help="box: as TrackEval really does (default)"),),
+    ),
+    "teta": Metric(
+        "TETA of box tracks (TAO JSON)",
+        lambda a: tasks_video.tao_teta(a.gt, a.pred, workers=a.workers),
+        ("TETA", "LocA", "AssocA", "ClsA"),
+        many=True,
+    ),
 }
 
 
@@ -89,6 +173,7 @@ def add_parsers(subparsers: Any) -> None:
         description=__doc__,
     )
     names = parser.add_subparsers(dest="metric", metavar="METRIC", required=True)
+    _add_average(names)
     for name, metric in METRICS.items():
         sub = names.add_parser(name, help=metric.help, description=metric.help)
         sub.add_argument("--gt", required=True, help="ground truth, file or folder in the official format")
@@ -105,6 +190,25 @@ def add_parsers(subparsers: Any) -> None:
         sub.add_argument("--curves", metavar="DIR", help="draw precision-recall, recall over IoU, per-class bars (PNG)")
         sub.add_argument("--markdown", metavar="LABEL", help="print a markdown row with this label, values x100")
         sub.set_defaults(run=run)
+
+
+def _add_average(names: Any) -> None:
+    text = "mean of results over data sets, or mean +- deviation over seeds (JSON files written by --json)"
+    sub = names.add_parser("average", help=text, description=text)
+    sub.add_argument("results", nargs="+", help="DATASET.json; files in several folders are seeds, one folder each")
+    sub.add_argument("--key", default="AP", help="which number to average (default: AP)")
+    sub.add_argument("--set", choices=sorted(averages.SETS), help="insist on exactly these data sets")
+    sub.add_argument("--json", help="write all numbers to this file")
+    sub.set_defaults(run=_run_average)
+
+
+def _run_average(args: argparse.Namespace) -> int:
+    expected = averages.SETS[args.set] if args.set else None
+    result = tasks_grounding.average_of_results(args.results, args.key, expected)
+    report.print_table(f"average of {args.key}", result)
+    if args.json:
+        report.write_json(result, args.json)
+    return 0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,8 +228,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Stand-alone entry, `python -m esg_jax.evaluation.commands evaluate ...`."""
+    """`python -m esg_jax.evaluation.commands evaluate ...`: the same without the rest of `esg`."""
     parser = argparse.ArgumentParser(prog="esg")
     add_parsers(parser.add_subparsers(required=True))
     args = parser.parse_args(argv)
     return args.run(args)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except EvaluationError as error:
+        sys.exit(f"error: {error}")

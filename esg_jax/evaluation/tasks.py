@@ -12,6 +12,7 @@ from typing import Any
 from esg_jax.evaluation import formats, panoptic
 from esg_jax.evaluation.average_precision import AveragePrecision, EntityAP
 from esg_jax.evaluation.best_overlap import BestOverlap
+from esg_jax.evaluation.consistency import AnnotatorConsistency
 from esg_jax.evaluation.dis import DichotomousMeasures
 from esg_jax.evaluation.driver import accumulate
 from esg_jax.evaluation.lvis import LvisAP
@@ -52,6 +53,16 @@ def coco_ap(
         kind, class_agnostic=class_agnostic, categories=annotations.category_ids() or None, box_areas=box_areas
     )
     return _instances(metric, annotations, pred, workers, f"{kind} AP")
+
+
+def consistency(gt: str | Path, pred: str | Path, *, workers: int = 1) -> AnnotatorConsistency:
+    """Annotator `pred` against annotator `gt`; both are COCO ground-truth files of the same images."""
+    one, other = (formats.CocoAnnotations.load(path) for path in (gt, pred))
+    if set(one.units) != set(other.units):
+        strange = sorted(set(one.units) ^ set(other.units), key=str)
+        raise EvaluationError(f"image_id {strange[0]} is in only one of {gt} and {pred} ({len(strange)} such images)")
+    items = [(uid, other.annotations[uid], one.annotations[uid], one.size(uid)) for uid in one.units]
+    return accumulate(AnnotatorConsistency(), items, add_instances, workers=workers, description="consistency")
 
 
 def best_overlap(gt: str | Path, pred: Paths, *, workers: int = 1) -> BestOverlap:
