@@ -108,8 +108,7 @@ class RunConfig:
 
     def model_def(self) -> ModelDef:
         """Structure and shapes of the model; allocates nothing."""
-        dtype = PRECISIONS[self.precision]
-        return ModelDef(lambda: CropFormer(self.model, rngs=nnx.Rngs(self.seed), dtype=dtype, remat=self.remat))
+        return model_def(self.model, PRECISIONS[self.precision], seed=self.seed, remat=self.remat)
 
     def train_step(self, *, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES) -> TrainStep:
         """The step of this run, not yet compiled.
@@ -127,3 +126,8 @@ class RunConfig:
             config=StepConfig(seed=self.seed, accumulate=self.accumulate, ema_decay=self.ema_decay),
             rules=rules,
         )
+
+
+def model_def(config: CropFormerConfig, dtype=jnp.float32, *, seed: int = 0, remat: bool = False) -> ModelDef:
+    """A CropFormer or Mask2Former without its arrays."""
+    return ModelDef(lambda: CropFormer(config, rngs=nnx.Rngs(seed), dtype=dtype, remat=remat))
