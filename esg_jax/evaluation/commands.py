@@ -199,20 +199,27 @@ def _add_average(names: Any) -> None:
     sub.add_argument("--key", default="AP", help="which number to average (default: AP)")
     sub.add_argument("--set", choices=sorted(averages.SETS), help="insist on exactly these data sets")
     sub.add_argument("--json", help="write all numbers to this file")
-    sub.set_defaults(run=_run_average)
-
-
-def _run_average(args: argparse.Namespace) -> int:
-    expected = averages.SETS[args.set] if args.set else None
-    result = tasks_grounding.average_of_results(args.results, args.key, expected)
-    report.print_table(f"average of {args.key}", result)
-    if args.json:
-        report.write_json(result, args.json)
-    return 0
+    sub.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Scores, prints the table, writes what was asked for. Bad input raises `EvaluationError` (a ValueError)."""
+    """Scores, prints the table, writes what was asked for; 1 and one line on stderr for input that cannot be scored."""
+    try:
+        _score(args)
+    except EvaluationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _score(args: argparse.Namespace) -> None:
+    if args.metric == "average":
+        expected = averages.SETS[args.set] if args.set else None
+        result = tasks_grounding.average_of_results(args.results, args.key, expected)
+        report.print_table(f"average of {args.key}", result)
+        if args.json:
+            report.write_json(result, args.json)
+        return
     metric = METRICS[args.metric]
     accumulator = metric.run(args)
     result = accumulator.result()
@@ -224,7 +231,6 @@ def run(args: argparse.Namespace) -> int:
     if args.curves:
         for path in report.write_curves(accumulator, result, args.curves):
             print(path)
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -236,7 +242,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except EvaluationError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())

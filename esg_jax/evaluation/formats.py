@@ -134,7 +134,8 @@ def _warn_duplicates(grouped: Mapping[Any, Sequence[Mapping[str, Any]]], key: st
             if isinstance(what, Mapping):
                 what = what.get("counts")
             identity = (record.get("category_id"), record.get("score"), str(what))
-            if identity in seen:
+            # Models may return many empty masks of score 0; that is no mistake.
+            if identity in seen and record.get("score") != 0:
                 warnings.warn(f"{key} {uid} has the same prediction twice; it counts twice", stacklevel=3)
                 return
             seen.add(identity)

@@ -57,7 +57,8 @@ def as_instances(value: Any, *, image_id: Any = None, size: Sequence[int] | None
     Args:
         value: `Instances`; a sequence of COCO records (dictionaries with `segmentation` and/or `bbox`, and
             `category_id`, `score`, `area`, `iscrowd` where they apply); or an object or mapping with `masks`
-            (bool (N, H, W), or a list of RLEs) and optionally `scores`, `labels`, `crowd`, `areas`.
+            (bool (N, H, W), or a list of RLEs) or `rles`, and optionally `scores`, `labels`, `crowd`, `areas`, such
+            as `esg_jax.inference.EntityPrediction`.
         image_id: for error messages.
         size: (height, width) of the image; needed for polygons and checked against every mask when given.
 
@@ -69,7 +70,11 @@ def as_instances(value: Any, *, image_id: Any = None, size: Sequence[int] | None
     if isinstance(value, (list, tuple)):
         return _from_records(value, image_id, size)
     get = value.get if isinstance(value, Mapping) else lambda name, default=None: getattr(value, name, default)
-    masks = get("masks")
+    # Predictions of this package hold RLEs, which spare building all masks.
+    masks = get("rles")
+    masks = masks() if callable(masks) else masks
+    if masks is None:
+        masks = get("masks")
     if masks is None:
         raise EvaluationError(f"image {image_id}: expected COCO records or an object with 'masks', got {type(value)}")
     if isinstance(masks, np.ndarray) or not isinstance(masks, (list, tuple)):

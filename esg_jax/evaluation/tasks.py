@@ -112,38 +112,39 @@ def _add_lvis(metric: LvisAP, item: tuple) -> None:
 
 def panoptic_quality(
     gt: str | Path,
-    pred: str | Path,
+    pred: Paths,
     *,
     gt_dir: str | Path | None = None,
     pred_dir: str | Path | None = None,
+    only: Sequence[Any] | None = None,
     workers: int = 1,
 ) -> PanopticQuality:
-    """PQ of a COCO panoptic JSON against another.
+    """PQ of COCO panoptic JSON against another.
 
     Args:
-        gt, pred: the JSON files.
-        gt_dir, pred_dir: folders of the PNGs; default: the folder beside each JSON that has its name.
+        gt, pred: the JSON files; predictions may come in several, one per host.
+        gt_dir, pred_dir: folders of the PNGs; default: the folder beside the (first) JSON that has its name.
+        only: image ids to score; default: all of `gt`, each of which needs a prediction.
     """
     annotations = formats.CocoAnnotations.load(gt)
-    predictions = formats.load_json(pred)
-    if not isinstance(predictions, dict) or "annotations" not in predictions:
-        raise EvaluationError(f"{pred}: a panoptic prediction file holds a dictionary with 'annotations'")
+    paths = [pred] if isinstance(pred, (str, Path)) else list(pred)
     by_image: dict[Any, dict[str, Any]] = {}
-    for record in predictions["annotations"]:
-        uid = formats.field(record, "image_id", f"{pred}, annotations")
-        if uid in by_image:
-            raise EvaluationError(f"{pred}: image_id {uid} has two predictions")
-        by_image[uid] = record
+    for path in paths:
+        for record in formats.field(formats.load_json(path), "annotations", str(path)):
+            uid = formats.field(record, "image_id", f"{path}, annotations")
+            if uid in by_image:
+                raise EvaluationError(f"{path}: image_id {uid} has two predictions")
+            by_image[uid] = record
+    names = ", ".join(map(str, paths))
     unknown = sorted(set(by_image) - set(annotations.units), key=str)
     if unknown:
-        raise EvaluationError(f"{pred}: image_id {unknown[0]} ({len(unknown)} in all) is not in {gt}; another split?")
-    gt_dir, pred_dir = (Path(d) if d else Path(p).with_suffix("") for d, p in ((gt_dir, gt), (pred_dir, pred)))
+        raise EvaluationError(f"{names}: image_id {unknown[0]} ({len(unknown)} in all) is not in {gt}; another split?")
+    gt_dir, pred_dir = (Path(d) if d else Path(p).with_suffix("") for d, p in ((gt_dir, gt), (pred_dir, paths[0])))
     items = []
-    for records in annotations.annotations.values():
-        for record in records:
-            uid = record["image_id"]
+    for uid in annotations.units if only is None else only:
+        for record in annotations.annotations[uid]:
             if uid not in by_image:
-                raise EvaluationError(f"{pred}: image_id {uid} has no prediction; every image needs one")
+                raise EvaluationError(f"{names}: image_id {uid} has no prediction; every image needs one")
             items.append((uid, pred_dir, by_image[uid], gt_dir, record))
     return accumulate(PanopticQuality(annotations.categories), items, _add_panoptic, workers=workers, description="PQ")
 
@@ -169,10 +170,10 @@ def semantic_iou(
     """mIoU of the label-map PNGs in folder `pred` against those of the same names in `gt`."""
     pairs = paired_files(gt, pred)
     metric = SemanticIoU(num_classes, ignore_label=ignore_label, boundary=boundary)
-    return accumulate(metric, pairs, _add_label_map, workers=workers, description="mIoU")
+    return accumulate(metric, pairs, add_label_map, workers=workers, description="mIoU")
 
 
-def _add_label_map(metric: SemanticIoU, pair: tuple[str, Path, Path]) -> None:
+def add_label_map(metric: SemanticIoU, pair: tuple[str, Path, Path]) -> None:
     name, gt, pred = pair
     metric.add(name, _label_map(pred), _label_map(gt))
 

@@ -276,6 +276,22 @@ def test_command_writes_everything(dataset, tmp_path, capsys):
     assert names == {"precision_recall.png", "recall_over_iou.png", "AP_per_category.png"}
 
 
+def test_command_reports_bad_input_in_one_line(dataset, capsys):
+    folder, *_ = dataset
+    status = commands.main(["evaluate", "entity-ap", "--gt", str(folder / "gt.json"), "--pred", "missing.json"])
+    assert status == 1
+    assert capsys.readouterr().err == "error: no such file: missing.json\n"
+
+
+def test_command_averages_results(tmp_path, capsys):
+    for name, value in (("a", 0.25), ("b", 0.75)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"AP": value}))
+    files = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
+    assert commands.main(["evaluate", "average", *files, "--json", str(tmp_path / "out" / "mean.json")]) == 0
+    assert json.loads((tmp_path / "out" / "mean.json").read_text())["average"] == 0.5
+    assert commands.main(["evaluate", "average", *files, "--set", "odinw13"]) == 1
+
+
 def test_accumulate_in_process_equals_loop(dataset):
     *_, scenes = dataset
     items = [(i, *records) for i, records in scenes.items()]

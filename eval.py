@@ -1,0 +1,196 @@
+"""Evaluates a model, or scores again the predictions that an earlier run saved.
+
+    python eval.py --config=configs/recipes/entity_mini.py --workdir=runs/entity_mini --views=5
+    python eval.py --config=configs/recipes/coco_panoptic.py --checkpoint=model.safetensors --out=runs/coco
+    python eval.py --config=configs/recipes/entity_mini.py --predictions=runs/x/eval/predictions.json --out=runs/again
+
+First every image is predicted and written to files in the official formats, then the files are scored: the numbers of
+several hosts are those of one. Writes results.json, a table, and grid.png with predictions beside the ground truth.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from esg_jax.config import from_dict, to_dict
+from esg_jax.evaluation import formats, report
+from esg_jax.evaluation import run as evaluation
+from esg_jax.evaluation.config import EvalConfig
+from esg_jax.evaluation.driver import progress
+from esg_jax.evaluation.grid import grid
+from esg_jax.evaluation.rle import EvaluationError
+from esg_jax.inference.predictor import Predictor
+from esg_jax.input.image_io import load_image
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), see configs/recipes.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Weights (.safetensors).")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run: its model.safetensors is evaluated.")
+_PREDICTIONS = flags.DEFINE_list("predictions", None, "Saved predictions to score again, without a model.")
+_OUT = flags.DEFINE_string("out", None, "Folder for predictions and results (default: WORKDIR/eval).")
+_VIEWS = flags.DEFINE_enum("views", None, ["1", "5"], "Whole image (1), or also its four corner crops (5).")
+_WORKERS = flags.DEFINE_integer("workers", 1, "Processes that score.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of the network.")
+_MULTIHOST = flags.DEFINE_bool("multihost", False, "Connect to the other hosts first; --out must be a shared folder.")
+
+
+def main(_):
+    try:
+        run(from_dict(EvalConfig, _CONFIG.value.to_dict()))
+    except (ValueError, FileNotFoundError) as error:
+        logging.debug("traceback", exc_info=True)
+        sys.exit(f"error: {error}")
+
+
+def run(config: EvalConfig) -> None:
+    """Predicts unless predictions are given, then scores."""
+    if _OUT.value is None and _WORKDIR.value is None:
+        raise EvaluationError("say where to write: --out FOLDER")
+    out = Path(_OUT.value or Path(_WORKDIR.value) / "eval")
+    out.mkdir(parents=True, exist_ok=True)
+    if _PREDICTIONS.value:
+        files = [Path(name) for name in _PREDICTIONS.value]
+    else:
+        if _MULTIHOST.value:
+            jax.distributed.initialize()
+        files = predict(config, checkpoint(), out)
+        if jax.process_index():
+            return
+    scores = evaluation.score(config, files, workers=_WORKERS.value)
+    about = {"config": to_dict(config), "predictions": [str(file) for file in files]}
+    report.write_json({**about, **scores}, out / "results.json")
+    print_scores(config, scores)
+    if config.grid_images:
+        rows = ((text, load_image(path), *maps) for text, path, *maps in evaluation.drawings(config, files))
+        Image.fromarray(grid(rows)).save(out / "grid.png")
+        print(f"predictions beside the ground truth: {out / 'grid.png'}")
+    print(f"all numbers: {out / 'results.json'}")
+
+
+def checkpoint() -> Path:
+    """The weights to evaluate."""
+    if _CHECKPOINT.value:
+        return Path(_CHECKPOINT.value)
+    if _WORKDIR.value is None:
+        raise EvaluationError("give --checkpoint FILE, --workdir FOLDER, or --predictions FILES to score again")
+    path = Path(_WORKDIR.value) / "model.safetensors"
+    if not path.is_file():
+        raise EvaluationError(f"{path} does not exist yet; train.py writes it whenever it stops")
+    return path
+
+
+def predict(config: EvalConfig, weights: Path, out: Path) -> list[Path]:
+    """Predictions of this process's share of the images, and the files that all processes write."""
+    views = int(_VIEWS.value) if _VIEWS.value else config.views
+    predictor = Predictor.from_checkpoint(
+        weights,
+        dtype=_DTYPE.value,
+        views=(views or None) if config.task == "entity" else 1,
+        min_size=config.min_size or None,
+        max_size=config.max_size or None,
+        score_mode=config.score_mode,
+    )
+    images = evaluation.images_of(config)[jax.process_index() :: jax.process_count()]
+    write = {"entity": write_entities, "instance": write_instances, "panoptic": write_panoptic, "semantic": write_maps}
+    files = [out / f"predictions{f'.{i}' if i else ''}.json" for i in range(jax.process_count())]
+    label = f"{config.task}, {predictor.views} view{'s' if predictor.views > 1 else ''}"
+    with progress(label, len(images)) as advance:
+        records = write[config.task](config, predictor, images, out, advance)
+    files[jax.process_index()].write_text(json.dumps(records))
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("predictions written")
+    return files
+
+
+def write_entities(config, predictor, images, out, advance) -> list[dict]:
+    """COCO results, every query of every image: the metric wants the empty and unlikely ones too."""
+    by_image = {}
+    paths = [path for _, path in images]
+    for index, prediction in predictor.predict_many(paths, batch_size=config.batch_size):
+        if isinstance(prediction, Exception):
+            raise prediction  # a score over fewer images would not compare
+        by_image[index] = _results(images[index][0], prediction.rles(), prediction.scores, [1] * len(prediction))
+        advance(1)
+    return [record for index in sorted(by_image) for record in by_image[index]]
+
+
+def write_instances(config, predictor, images, out, advance) -> list[dict]:
+    """COCO results with categories."""
+    ids = sorted(formats.CocoAnnotations.load(config.annotations).category_ids())
+    records = []
+    for uid, path in images:
+        found = predictor.predict_instances(path)
+        records += _results(uid, found.rles, found.scores, [ids[label] for label in found.labels])
+        advance(1)
+    return records
+
+
+def _results(uid, rles, scores, categories) -> list[dict]:
+    return [
+        {
+            "image_id": uid,
+            "category_id": int(category),
+            "score": float(score),
+            "segmentation": {"size": list(code["size"]), "counts": code["counts"].decode()},
+        }
+        for code, score, category in zip(rles, scores, categories, strict=True)
+    ]
+
+
+def write_panoptic(config, predictor, images, out, advance) -> dict:
+    """COCO panoptic JSON; PNGs in the folder `predictions` beside it."""
+    categories = sorted(formats.CocoAnnotations.load(config.annotations).categories, key=lambda c: c["id"])
+    is_thing = [bool(c.get("isthing", 1)) for c in categories]
+    (out / "predictions").mkdir(exist_ok=True)
+    annotations = []
+    for uid, path in images:
+        found = predictor.predict_panoptic(path, is_thing)
+        ids = np.asarray(found.segment_map)
+        file = f"{path.stem}.png"
+        Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)).save(
+            out / "predictions" / file
+        )
+        segments = [{"id": s.id, "category_id": categories[s.category]["id"]} for s in found.segments]
+        annotations.append({"image_id": uid, "file_name": file, "segments_info": segments})
+        advance(1)
+    return {"annotations": annotations}
+
+
+def write_maps(config, predictor, images, out, advance) -> list[str]:
+    """Label-map PNGs in the folder `predictions`, named like the ground truth."""
+    names = []
+    for masks, path in images:
+        file = out / "predictions" / masks
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(predictor.predict_semantic(path).astype(np.uint8)).save(file)
+        names.append(masks)
+        advance(1)
+    return names
+
+
+def print_scores(config: EvalConfig, scores: dict) -> None:
+    """One row for the set and one for every group; fractions as percentages."""
+    columns = evaluation.COLUMNS[config.task]
+    table = Table(title=f"{config.task} segmentation, {Path(config.annotations).name}")
+    for name in ("", *columns):
+        table.add_column(name, justify="right" if name else "left")
+    rows = {"all": scores["metrics"], **scores.get("groups", {})}
+    for name, result in rows.items():
+        table.add_row(name, *(report.format_value(result[column]) for column in columns))
+    Console(width=max(100, 12 * len(columns))).print(table)
+    print(report.markdown_row(Path(config.annotations).stem, scores["metrics"], columns))
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config"])
+    app.run(main)

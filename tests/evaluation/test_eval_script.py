@@ -1,0 +1,133 @@
+"""eval.py on two tiny images: model to files to numbers, and the same numbers from the saved files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from esg_jax.evaluation import BestOverlap, EntityAP, rle
+from esg_jax.evaluation.grid import grid, matched_colors
+from esg_jax.inference.predictor import Predictor
+from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
+from esg_jax.models.cropformer import CropFormer, CropFormerConfig
+from esg_jax.models.mask_decoder import MaskDecoderConfig
+from esg_jax.models.pixel_decoder import PixelDecoderConfig
+from esg_jax.models.view_association import AssociationConfig
+from esg_jax.weights import save_weights
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tiny_set(tmp_path_factory):
+    """Two photographs-like images with three entities each, and random weights."""
+    folder = tmp_path_factory.mktemp("set")
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(2):
+        size = (60, 80)
+        pixels = rng.integers(0, 255, (*size, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "height": 60, "width": 80, "source": "ab"[i]})
+        for k in range(3):
+            mask = np.zeros(size, bool)
+            mask[20 * k : 20 * k + 20] = True
+            code = rle.encode(mask[None])[0]
+            code = {"size": code["size"], "counts": code["counts"].decode()}
+            annotations.append(
+                {"id": 3 * i + k + 1, "image_id": i, "category_id": 1, "iscrowd": 0, "area": 1600, "segmentation": code}
+            )
+    categories = [{"id": 1, "name": "entity"}]
+    (folder / "gt.json").write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    config = CropFormerConfig(
+        backbone=MobileNetV2Config(),
+        pixel_decoder=PixelDecoderConfig(conv_dim=32, mask_dim=32, num_layers=1, num_heads=2, ffn_dim=32),
+        mask_decoder=MaskDecoderConfig(
+            hidden_dim=32, mask_dim=32, num_queries=6, num_layers=3, num_heads=2, ffn_dim=32
+        ),
+        association=AssociationConfig(num_heads=2, ffn_dim=32),
+    )
+    save_weights(folder / "tiny.safetensors", CropFormer(config, rngs=nnx.Rngs(0)))
+    return folder
+
+
+def evaluate(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    return subprocess.run(
+        [sys.executable, str(REPO / "eval.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=REPO,
+        check=False,
+    )
+
+
+def overrides(folder):
+    return [
+        f"--config={REPO}/configs/recipes/entity_mini.py",
+        f"--config.annotations={folder}/gt.json",
+        f"--config.images={folder}",
+        "--config.min_size=64",
+        "--config.max_size=96",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("views", [1, 5])
+def test_model_to_numbers_and_again_from_the_files(tiny_set, tmp_path, views):
+    run = evaluate(
+        *overrides(tiny_set), f"--checkpoint={tiny_set}/tiny.safetensors", f"--views={views}", f"--out={tmp_path}/first"
+    )
+    assert run.returncode == 0, run.stderr
+    first = json.loads((tmp_path / "first" / "results.json").read_text())
+    assert set(first["groups"]) == {"a", "b"}
+    assert Image.open(tmp_path / "first" / "grid.png").size[0] > 800
+    again = evaluate(
+        *overrides(tiny_set), f"--predictions={tmp_path}/first/predictions.json", f"--out={tmp_path}/again"
+    )
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "again" / "results.json").read_text())["metrics"] == first["metrics"]
+    # The same numbers straight from the predictor, without files.
+    predictor = Predictor.from_checkpoint(tiny_set / "tiny.safetensors", views=views, min_size=64, max_size=96)
+    gt = json.loads((tiny_set / "gt.json").read_text())
+    metrics = EntityAP(), BestOverlap()
+    for image in gt["images"]:
+        prediction = predictor(tiny_set / image["file_name"])
+        for metric in metrics:
+            metric.add(image["id"], prediction, [a for a in gt["annotations"] if a["image_id"] == image["id"]])
+    assert metrics[1].result()["num_entities"] == 6
+    for metric in metrics:
+        for name, value in metric.result().items():
+            if isinstance(value, float):
+                assert first["metrics"][name] == pytest.approx(value, abs=1e-6), name
+
+
+@pytest.mark.slow
+def test_mistakes_end_with_one_line(tiny_set, tmp_path):
+    run = evaluate(*overrides(tiny_set), f"--out={tmp_path}")
+    assert run.returncode == 1 and "give --checkpoint FILE" in run.stderr
+    run = evaluate(
+        *overrides(tiny_set), f"--out={tmp_path}", "--config.annotations=nowhere.json", "--predictions=x.json"
+    )
+    assert run.returncode == 1 and "no such file: nowhere.json" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_matched_predictions_share_the_colour():
+    target = np.zeros((20, 30), int)
+    target[:, 10:] = 1
+    target[:, 20:] = 2
+    pred = np.where(target == 2, 0, np.where(target == 0, 1, -1))
+    pred_colors, target_colors = matched_colors(pred, target)
+    assert pred_colors[0] == target_colors[2] and pred_colors[1] == target_colors[0]
+    picture = grid([("caption", np.zeros((20, 30, 3), np.uint8), pred, target)], width=60)
+    assert picture.shape[1] == 3 * 60 + 16 and picture.std() > 10
