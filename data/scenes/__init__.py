@@ -29,8 +29,9 @@ class Scene:
     style: str
 
 
-def render_scene(seed: int | tuple[int, ...], config: SceneConfig = SceneConfig()) -> Scene:
+def render_scene(seed: int | tuple[int, ...], config: SceneConfig | None = None) -> Scene:
     """The scene of a seed; equal seeds give equal pixels (with equal versions of numpy, PIL and scikit-image)."""
+    config = config or SceneConfig()
     rng = np.random.default_rng(seed)
     long_side = int(rng.integers(config.long_side[0], config.long_side[1] + 1))
     short_side = int(long_side / rng.choice(config.aspects))

@@ -6,6 +6,7 @@ import functools
 import json
 import multiprocessing
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ LICENCE = "CC0-1.0; rendered from photographs without copyright restrictions (da
 
 
 def write_scenes(
-    out: str | Path, count: int, seed: int = 0, config: SceneConfig = SceneConfig(), workers: int = 1
+    out: str | Path, count: int, seed: int = 0, config: SceneConfig | None = None, workers: int = 1
 ) -> Path:
     """Renders `count` scenes into `out`, unless they are there; gives the path of `annotations.json`.
 
@@ -35,6 +36,7 @@ def write_scenes(
     Raises:
         ValueError: `out` holds scenes of another seed or configuration.
     """
+    config = config or SceneConfig()
     out = Path(out)
     file = out / "annotations.json"
     info = {"description": "procedural scenes", "version": VERSION, "seed": seed, "config": dataclasses.asdict(config)}
@@ -123,10 +125,11 @@ def _write(file: Path, content: dict[str, Any]) -> None:
 
 def _progress(steps: Iterator[None], total: int, text: str) -> Iterator[None]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    attached = sys.stdout.isatty()
+    with Progress(*columns, disable=not attached) as progress:
         task = progress.add_task(text, total=total)
         for number, step in enumerate(steps, start=1):
             progress.advance(task)
-            if not progress.console.is_terminal and (number % max(total // 10, 1) == 0 or number == total):
+            if not attached and (number % max(total // 10, 1) == 0 or number == total):
                 print(f"{text}: {number} of {total}", flush=True)
             yield step

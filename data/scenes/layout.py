@@ -230,7 +230,7 @@ STYLES: dict[str, Callable] = {
 
 def _items(rng, count: int, width: int, height: int, style: str, horizon: float) -> list[Item]:
     placed: list[tuple[float, Item]] = []  # painting key, item
-    thin = int(rng.choice([0, 1, 2, 3], p=[0.55, 0.25, 0.13, 0.07]))
+    thin = int(rng.choice([0, 1, 2, 3], p=[0.6, 0.25, 0.1, 0.05]))
     while len(placed) < count:
         remaining = count - len(placed)
         if thin and remaining > 2:

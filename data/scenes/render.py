@@ -78,7 +78,7 @@ def random_colour(rng: np.random.Generator) -> np.ndarray:
 
 def _scene_colour(rng: np.random.Generator, colours: list[np.ndarray]) -> np.ndarray:
     """Mostly one of the few colours of the scene, a little lighter or darker: pictures repeat their colours."""
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         return random_colour(rng)
     return np.clip(colours[int(rng.integers(len(colours)))] * np.exp(0.25 * rng.standard_normal()), 0, 255)
 
@@ -98,7 +98,7 @@ def random_material(rng: np.random.Generator, middle: np.ndarray, second: np.nda
     else:
         kind = str(rng.choice(list(textures.PATTERNS)))
         texture = textures.pattern(kind, int(rng.integers(textures.VARIANTS)))
-    contrast = np.exp(rng.uniform(np.log(0.2), np.log(0.95)))
+    contrast = np.exp(rng.uniform(np.log(0.4), np.log(0.95)))
     dark, light = middle * (1 - contrast), second + (255 - second) * contrast * rng.uniform(0.3, 1)
     ramp = np.linspace(0, 1, 256)[:, None]
     palette = np.where(ramp < 0.5, dark + (middle - dark) * 2 * ramp, middle + (light - middle) * (2 * ramp - 1))
@@ -127,7 +127,7 @@ def render(rng: np.random.Generator, layout: Layout) -> np.ndarray:
     light = Light(
         np.array([np.cos(angle), np.sin(angle)]), rng.uniform(0.0, 0.65), rng.uniform(0.02, 0.2), rng.uniform(0.3, 1.0)
     )
-    colours = [random_colour(rng) for _ in range(int(rng.integers(3, 8)))]
+    colours = [random_colour(rng) for _ in range(int(rng.integers(2, 6)))]
     haze = Haze(_rgb(random_colour(rng)), 0.0)
     if layout.style == "outdoor" and rng.random() < 0.5:
         haze = dataclasses.replace(haze, amount=rng.uniform(0, 0.5))
@@ -141,10 +141,10 @@ def render(rng: np.random.Generator, layout: Layout) -> np.ndarray:
             continue
         material = shared.get(item.group)
         # Sometimes the material of the thing before: only the outline tells the two apart.
-        if material is None and previous is not None and rng.random() < 0.25:
+        if material is None and previous is not None and rng.random() < 0.35:
             material = previous
         elif material is None:
-            middle = _behind(picture, item) if rng.random() < 0.45 else _scene_colour(rng, colours)
+            middle = _behind(picture, item) if rng.random() < 0.6 else _scene_colour(rng, colours)
             second = _scene_colour(rng, colours) if rng.random() < 0.3 else middle
             material = random_material(rng, middle, second)
         previous = material
@@ -180,9 +180,10 @@ def _background(rng, layout: Layout, colours, haze: Haze) -> Image.Image:
             material = random_material(rng, _scene_colour(rng, colours), _scene_colour(rng, colours), scenic=0.02)
             receding = layout.style in ("outdoor", "room") and box[3] >= height and rng.random() < 0.7
             surface = _receding(rng, material, size) if receding else material.paint(rng, size)
-            if rng.random() < 0.5:
+            if rng.random() < 0.6:
                 _decorate(rng, surface, colours)
-        surface = ImageChops.hard_light(surface, _slope(rng, size))
+            surface = _worn(rng, surface)
+        surface = ImageChops.hard_light(surface, _slope(rng, size, rough=not sky))
         if not sky:
             surface = haze.over(surface, item.depth)
         # Silhouettes come on top, so what they cover may be filled as well.
@@ -231,12 +232,41 @@ def _projective(target: np.ndarray, source: np.ndarray) -> list[float]:
     return np.linalg.solve(np.array(rows), np.array(values)).tolist()
 
 
-def _slope(rng, size) -> Image.Image:
-    """Light falling unevenly on a surface: a smooth gray field around 128."""
-    field = rng.standard_normal((4, 4)) * rng.uniform(2, 30)
+def _slope(rng, size, rough: bool = True) -> Image.Image:
+    """Light falling unevenly: a smooth gray field around 128; `rough` surfaces may have folds and faces."""
+    field = rng.standard_normal((4, 4)) * rng.uniform(2, 25)
     field += np.linspace(-1, 1, 4)[:, None] * rng.normal(0, 24) + np.linspace(-1, 1, 4)[None] * rng.normal(0, 16)
-    small = Image.fromarray(np.clip(128 + field, 0, 255).astype(np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
-    return small.resize(size, BILINEAR).convert("RGB")
+    small = Image.fromarray(np.clip(128 + field, 0, 255).astype(np.uint8)).resize((96, 96), Image.Resampling.BICUBIC)
+    shade = np.asarray(small, np.float32)
+    if rough:
+        shade = shade + _folds(rng, (96, 96)) + _facets(rng, (96, 96), smooth=rng.uniform(0.5, 4))
+    return _gray(shade).resize(size, BILINEAR).convert("RGB")
+
+
+def _gray(shade: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.clip(shade, 0, 255).astype(np.uint8))
+
+
+def _folds(rng, shape: tuple[int, int]) -> np.ndarray | float:
+    """Creases of cloth, waves of ground, around 0; often none."""
+    if rng.random() < 0.5:
+        return 0.0
+    tile = textures.pattern(str(rng.choice(["cloud", "rough", "ridges"])), int(rng.integers(textures.VARIANTS)))
+    scale = int(rng.integers(1, 6))
+    piece = textures.window(tile, shape[0] * scale, shape[1] * scale, rng)[::scale, ::scale].astype(np.float32)
+    return (piece - piece.mean()) * rng.uniform(0.1, 0.4)
+
+
+def _facets(rng, shape: tuple[int, int], smooth: float) -> np.ndarray | float:
+    """Faces turned to or away from the light, around 0; often none."""
+    if rng.random() < 0.5:
+        return 0.0
+    y, x = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j]
+    shade = np.zeros(shape, np.float32)
+    for _ in range(int(rng.integers(1, 4))):
+        angle = rng.choice([0.0, np.pi / 2, rng.uniform(0, np.pi)]) + 0.15 * rng.standard_normal()
+        shade += rng.normal(0, 32) * (np.cos(angle) * x + np.sin(angle) * y > rng.uniform(-0.7, 0.7))
+    return ndimage.gaussian_filter(shade - shade.mean(), smooth)
 
 
 def _draw(rng, picture: Image.Image, item: Item, material: Material, colours, light: Light, haze: Haze) -> None:
@@ -246,8 +276,11 @@ def _draw(rng, picture: Image.Image, item: Item, material: Material, colours, li
         _cast_shadow(rng, picture, item, light)
     surface = material.paint(rng, mask.size)
     if item.solid:
-        if rng.random() < 0.75:
+        if rng.random() < 0.8:
+            _colour_parts(rng, surface, item.kind, colours)
+        if rng.random() < 0.6:
             _decorate(rng, surface, colours)
+        surface = _worn(rng, surface)
         surface = ImageChops.hard_light(surface, _relief(rng, mask, light))
     picture.paste(haze.over(surface, item.depth), item.corner, mask)
 
@@ -277,10 +310,36 @@ def _cast_shadow(rng, picture: Image.Image, item: Item, light: Light) -> None:
     picture.paste(ground.point([int(v * (1 - strength)) for v in range(256)] * 3), box[:2], full)
 
 
+# Bands of the height, top to bottom, that tend to differ in colour: head, clothes; roof, hull, wheels; cap, label.
+_PARTS = {
+    "figure": ((0.0, 0.19), (0.19, 0.54), (0.54, 0.93), (0.93, 1.0)),
+    "vehicle": ((0.06, 0.4), (0.74, 1.0)),
+    "vessel": ((0.0, 0.12), (0.35, 0.7)),
+    "plant": ((0.62, 1.0),),
+    "furniture": ((0.0, 0.38), (0.42, 0.6)),
+    "cuboid": ((0.0, 0.3),),
+    "quad": ((0.0, 0.22), (0.8, 1.0)),
+}
+
+
+def _colour_parts(rng, surface: Image.Image, kind: str, colours) -> None:
+    """Gives the parts of a thing their own colours: different colours do not make different entities."""
+    width, height = surface.size
+    for top, bottom in _PARTS.get(kind, ((0.0, rng.uniform(0.2, 0.6)),)):
+        if rng.random() < 0.3:
+            continue
+        y0, y1 = (int((y + rng.normal(0, 0.02)) * height) for y in (top, bottom))
+        y0, y1 = max(y0, 0), min(y1, height)
+        if y1 - y0 < 2:
+            continue
+        material = random_material(rng, _scene_colour(rng, colours), _scene_colour(rng, colours), scenic=0.03)
+        surface.paste(material.paint(rng, (width, y1 - y0)), (0, y0))
+
+
 def _decorate(rng, surface: Image.Image, colours) -> None:
     """Marks of another material inside one entity: bands, patches, spots, prints."""
     width, height = surface.size
-    for _ in range(int(rng.integers(1, 5))):
+    for _ in range(int(rng.integers(1, 6))):
         choice = rng.random()
         mark = Image.new("L", surface.size, 0)
         draw = ImageDraw.Draw(mark)
@@ -307,6 +366,19 @@ def _decorate(rng, surface: Image.Image, colours) -> None:
             surface.paste(_rgb(_scene_colour(rng, colours)), (0, 0, width, height), mark)
 
 
+def _worn(rng, surface: Image.Image) -> Image.Image:
+    """Stains, dapples and highlights at a larger scale than the material's own pattern; often none."""
+    width, height = surface.size
+    if width * height < 2000 or rng.random() < 0.4:
+        return surface
+    kind = str(rng.choice(["rough", "marble", "cells", "leaves", "ridges", "speckle"]))
+    zoom = max(width, height) / rng.uniform(60, 400)
+    size = (int(np.ceil(height / zoom)), int(np.ceil(width / zoom)))
+    tile = textures.window(textures.pattern(kind, int(rng.integers(textures.VARIANTS))), *size, rng)
+    shade = _gray(128 + (tile.astype(np.float32) - tile.mean()) * rng.uniform(0.1, 0.5))
+    return ImageChops.hard_light(surface, shade.resize(surface.size, BILINEAR).convert("RGB"))
+
+
 def _relief(rng, mask: Image.Image, light: Light) -> Image.Image:
     """Shading of the silhouette blown up like a cushion, gray 128 where the surface faces the viewer."""
     scale = max(1.0, max(mask.size) / 80)
@@ -320,15 +392,18 @@ def _relief(rng, mask: Image.Image, light: Light) -> Image.Image:
     dy, dx = np.gradient(height)
     lit = -(dx * light.direction[0] + dy * light.direction[1]) / np.sqrt(1 + dx**2 + dy**2)
     ramp = np.linspace(-1, 1, lit.shape[0])[:, None] * rng.normal(0, 0.25)
-    shade = 128 + 100 * light.relief * rng.uniform(0.3, 1.0) * (lit + ramp)
-    image = Image.fromarray(np.clip(shade, 0, 255).astype(np.uint8)[1:-1, 1:-1])
-    return image.resize(mask.size, Image.Resampling.BICUBIC).convert("RGB")
+    shade = 128 + 110 * light.relief * rng.uniform(0.3, 1.0) * (lit + ramp)
+    shade = (shade + _folds(rng, lit.shape) + _facets(rng, lit.shape, smooth=rng.uniform(0.3, 1.5)))[1:-1, 1:-1]
+    return _gray(shade).resize(mask.size, Image.Resampling.BICUBIC).convert("RGB")
 
 
 def _camera(rng, picture: Image.Image) -> np.ndarray:
     """Uneven light, tone curve, lens blur and sensor noise."""
-    picture = ImageChops.hard_light(picture, _slope(rng, picture.size))
-    gain, gamma = rng.uniform(0.9, 1.1, 3) * rng.uniform(0.8, 1.15), rng.uniform(0.75, 1.35)
+    picture = ImageChops.hard_light(picture, _slope(rng, picture.size, rough=False))
+    # Exposed so that the mean comes out like that of a photograph.
+    mean = np.asarray(picture.resize((32, 32), BILINEAR)).mean() / 255
+    gamma = np.clip(np.log(rng.uniform(0.28, 0.6)) / np.log(np.clip(mean, 0.02, 0.98)), 0.4, 1.6)
+    gain = rng.uniform(0.9, 1.1, 3)
     curve = np.linspace(0, 1, 256) ** gamma
     table = np.clip(curve[None] * gain[:, None] * 255 + rng.uniform(-8, 12), 0, 255).astype(int)
     picture = picture.point(table.ravel().tolist())
