@@ -37,9 +37,7 @@ def point_sample(maps: Float[Array, "*b h w"], points: Float[Array, "*b p 2"]) -
     return total
 
 
-def point_sample_features(
-    maps: Float[Array, "*b h w c"], points: Float[Array, "*b p 2"]
-) -> Float[Array, "*b p c"]:
+def point_sample_features(maps: Float[Array, "*b h w c"], points: Float[Array, "*b p 2"]) -> Float[Array, "*b p c"]:
     """Feature vectors of each map at its own points; see `point_sample`."""
     *_, height, width, channels = maps.shape
     flat = maps.reshape(*maps.shape[:-3], height * width, channels)
