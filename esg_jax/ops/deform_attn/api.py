@@ -1,16 +1,17 @@
 """Multi-scale deformable attention: one differentiable function, several implementations."""
 
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
+from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from esg_jax.ops.deform_attn import xla
+from esg_jax.ops.deform_attn import pallas_tpu, xla
 from esg_jax.ops.deform_attn.xla import Shapes
 
-Implementation = Literal["xla"]
+Implementation = Literal["xla", "pallas_tpu"]
 
 
 def deform_attn(
@@ -32,18 +33,19 @@ def deform_attn(
       locations_bqhlp2: (x, y) of every sample in units of its level's width and height: 0 and 1 are the outer edges of
         the first and last pixel. Any finite value is allowed; samples outside the map read zeros. float32.
       weights_bqhlp: attention weights, softmaxed over (L, P) by the caller. float32.
-      implementation: forces a backend; None chooses by platform and shape.
+      implementation: None chooses by platform (when the computation is lowered) and shape: the Pallas kernel on TPU
+        where a level fits its memory, else XLA. "xla" runs everywhere, "pallas_tpu" in (slow) interpret mode off TPU.
 
     Returns:
       (B, Q, H*D) in the dtype of the values.
 
     Raises:
-      ValueError: shapes of the arguments do not fit together, or the implementation is unknown.
+      ValueError: shapes of the arguments do not fit together, or the implementation is unknown or does not take them.
     """
     shapes = tuple((int(height), int(width)) for height, width in shapes)
     _check(values_bshd, shapes, locations_bqhlp2, weights_bqhlp)
-    if implementation not in (None, "xla"):
-        raise ValueError(f"deform_attn: unknown implementation {implementation!r}; use None or 'xla'")
+    if implementation is not None:
+        _check_implementation(implementation, values_bshd, shapes, weights_bqhlp)
     if 0 in (*values_bshd.shape, *locations_bqhlp2.shape):
         batch, _, heads, channels = values_bshd.shape
         return jnp.zeros((batch, locations_bqhlp2.shape[1], heads * channels), values_bshd.dtype)
@@ -52,10 +54,26 @@ def deform_attn(
     )
 
 
+def _jit(function, **options):
+    # Every layer lowers all branches' code: jit traces each only once per shape.
+    return jax.jit(functools.partial(function, **options), static_argnums=1)
+
+
+# (any platform, TPU) by implementation
+_FORWARD = {
+    "xla": (_jit(xla.forward), _jit(xla.packed_forward)),
+    "pallas_tpu": (_jit(pallas_tpu.forward, interpret=True), _jit(pallas_tpu.forward)),
+}
+_BACKWARD = {
+    "xla": (_jit(xla.backward), _jit(xla.packed_backward)),
+    "pallas_tpu": (_jit(pallas_tpu.backward, interpret=True), _jit(pallas_tpu.backward)),
+}
+
+
 # The rule is outside the choice of backend: residuals are the arguments, whatever computes the output.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _deform_attn(values, locations, weights, shapes, implementation):
-    return xla.forward(values, shapes, locations, weights)
+    return _dispatch(_FORWARD, implementation, values, shapes, locations, weights)
 
 
 def _forward(values, locations, weights, shapes, implementation):
@@ -64,11 +82,39 @@ def _forward(values, locations, weights, shapes, implementation):
 
 def _backward(shapes, implementation, residuals, grad_out):
     values, locations, weights = residuals
-    grad_values, grad_locations, grad_weights = xla.backward(values, shapes, locations, weights, grad_out)
-    return grad_values.astype(values.dtype), grad_locations, grad_weights
+    grad_values, *grads = _dispatch(_BACKWARD, implementation, values, shapes, locations, weights, grad_out)
+    return grad_values.astype(values.dtype), *grads
 
 
 _deform_attn.defvjp(_forward, _backward)
+
+
+def _dispatch(table, implementation, values, shapes, *arrays):
+    """Calls the function of the platform that the computation is lowered for."""
+    on_tpu = implementation or "pallas_tpu"
+    if _refusal(on_tpu, values, shapes, arrays[1]):
+        on_tpu = "xla"
+
+    def branch(function):
+        return lambda values, *arrays: function(values, shapes, *arrays)
+
+    default, _ = table[implementation or "xla"]
+    return lax.platform_dependent(values, *arrays, tpu=branch(table[on_tpu][1]), default=branch(default))
+
+
+def _refusal(implementation, values, shapes, weights) -> str | None:
+    if implementation == "pallas_tpu":
+        return pallas_tpu.unsupported(values.shape, values.dtype, shapes, weights.shape[4])
+    return None
+
+
+def _check_implementation(implementation, values, shapes, weights):
+    if implementation not in get_args(Implementation):
+        known = ", ".join(map(repr, get_args(Implementation)))
+        raise ValueError(f"deform_attn: unknown implementation {implementation!r}; use None or one of {known}")
+    refusal = _refusal(implementation, values, shapes, weights)
+    if refusal:
+        raise ValueError(f"deform_attn: {implementation!r} does not take these arguments ({refusal}); use None")
 
 
 def _check(values, shapes, locations, weights):

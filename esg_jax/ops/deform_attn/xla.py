@@ -53,11 +53,16 @@ def corner_rows(
     return rows.reshape(flat), coefficients.reshape(flat)
 
 
-def _linear_taps(location, size):
-    """Two neighbouring pixel indices along one axis, clipped to the map, and their weights (0 outside)."""
+def _lower_pixel(location, size):
+    """Index of the pixel centre at or below a location, float32 and unclipped, and the distance to it."""
     pixel = location * size.astype(np.float32) - 0.5
     low = jnp.floor(pixel)
-    fraction = pixel - low
+    return low, pixel - low
+
+
+def _linear_taps(location, size):
+    """Two neighbouring pixel indices along one axis, clipped to the map, and their weights (0 outside)."""
+    low, fraction = _lower_pixel(location, size)
     # Clipped before the cast, so that huge offsets stay inside int32.
     low = jnp.clip(low, -2, size + 1).astype(jnp.int32)
     high = low + 1
@@ -118,6 +123,68 @@ def backward(values_bshd, shapes: Shapes, locations_bqhlp2, weights_bqhlp, grad_
         pull_block, block, jnp.zeros(values_bhsd.shape, jnp.float32), (locations, weights, grad_bhqd)
     )
     return tuple(_swap_heads(a) for a in (grad_values_bhsd, *grads))
+
+
+def packed_forward(values_bshd, shapes: Shapes, locations_bqhlp2, weights_bqhlp):
+    """`forward` for TPUs: the four corners of a sample are packed into one row of 4*D channels.
+
+    TPU gathers cost per row and move 128 lanes each, so one row of 4*32 channels costs a quarter of four rows. The
+    packed map is four times larger, which is why CPUs prefer `forward`. Differentiated automatically.
+    """
+    batch, _, heads, channels = values_bshd.shape
+    queries = locations_bqhlp2.shape[1]
+    packed_bhrd = _pack_corners(_swap_heads(values_bshd), shapes)
+    block, _ = _block_sizes(values_bshd.shape, weights_bqhlp.shape)
+
+    @jax.checkpoint
+    def attend(locations, weights):
+        rows_bhqk, coefficients_bhqkc = _packed_rows(shapes, locations, weights)
+        corners = _take(packed_bhrd, rows_bhqk).reshape(*rows_bhqk.shape, 4, channels)
+        return jnp.einsum("bhqkcd,bhqkc->bhqd", corners, coefficients_bhqkc, precision="highest")
+
+    out_bhqd = _map_queries(attend, block, (_swap_heads(locations_bqhlp2), _swap_heads(weights_bqhlp)))
+    return _swap_heads(out_bhqd).reshape(batch, queries, heads * channels).astype(values_bshd.dtype)
+
+
+def _pack_corners(values_bhsd, shapes):
+    """(B, H, sum (h+1)*(w+1), 4*D): pixel (y, x) from -1 on beside its right, lower and lower right neighbours."""
+    levels = []
+    for start, (height, width) in zip(level_starts(shapes), shapes, strict=True):
+        level = values_bhsd[:, :, start : start + height * width]
+        level = level.reshape(*level.shape[:2], height, width, -1)
+        level = jnp.pad(level, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+        corners = [level[:, :, y : y + height + 1, x : x + width + 1] for y in (0, 1) for x in (0, 1)]
+        levels.append(jnp.concatenate(corners, -1).reshape(*level.shape[:2], (height + 1) * (width + 1), -1))
+    return jnp.concatenate(levels, 2)
+
+
+def _packed_rows(shapes, locations, weights):
+    """Rows of the packed map (..., L*P) and the coefficients of their corners (..., L*P, 4)."""
+    padded = tuple((height + 1, width + 1) for height, width in shapes)
+    start, height, width = (
+        np.array(values, np.int32)[:, None]
+        for values in (level_starts(padded), [h for h, _ in shapes], [w for _, w in shapes])
+    )
+    x, x_fraction = _lower_pixel(locations[..., 0], width)
+    y, y_fraction = _lower_pixel(locations[..., 1], height)
+    inside = (x >= -1) & (x < width) & (y >= -1) & (y < height)
+    column, row = (jnp.where(inside, low, -1).astype(jnp.int32) + 1 for low in (x, y))
+    weights = jnp.where(inside, weights, 0.0)
+    top, bottom = weights * (1.0 - y_fraction), weights * y_fraction
+    coefficients = [top * (1.0 - x_fraction), top * x_fraction, bottom * (1.0 - x_fraction), bottom * x_fraction]
+    flat = (*weights.shape[:-2], -1)
+    rows = (start + row * (width + 1) + column).reshape(flat)
+    return rows, jnp.stack(coefficients, -1).reshape(*rows.shape, 4)
+
+
+def packed_backward(values_bshd, shapes: Shapes, locations_bqhlp2, weights_bqhlp, grad_out):
+    """`backward` of `packed_forward`."""
+
+    def function(values, locations, weights):
+        return packed_forward(values, shapes, locations, weights)
+
+    _, pull = jax.vjp(function, values_bshd.astype(jnp.float32), locations_bqhlp2, weights_bqhlp)
+    return pull(grad_out.astype(jnp.float32))
 
 
 def _swap_heads(array):
