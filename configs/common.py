@@ -45,6 +45,11 @@ ENTITYSEG_SEMANTIC = {
 }
 
 
+def scenes(folder: str) -> dict[str, Any]:
+    """Procedural scenes that `python -m data.scenes --out FOLDER` rendered."""
+    return {"scenes": {"annotations": f"{folder}/annotations.json", "images": folder}}
+
+
 def as_config(run: RunConfig) -> ConfigDict:
     """The form that `--config.x.y=z` overrides; unknown names are refused."""
     return ConfigDict(run.as_dict())

@@ -30,7 +30,7 @@ def get_config(scenes: str = "/tmp/scenes"):
                 association=AssociationConfig(num_heads=2, ffn_dim=32),
             ),
             data=common.crop_data(
-                {"scenes": {"annotations": f"{scenes}/annotations.json", "images": scenes}},
+                common.scenes(scenes),
                 short_edges=(48, 56, 64),
                 max_size=64,
                 buckets=((64, 64),),

@@ -3,8 +3,8 @@
 Where the weights of a run come from, first match wins (`train.py` follows this order):
 
 1. the newest checkpoint in the workdir: the run goes on exactly where it stopped, same batches, same losses;
-2. `config.init_from`: weights of another run (its workdir) or of a .safetensors file; a new run starts from them;
-3. `config.backbone_weights`: ImageNet weights below `backbone.`, the rest random;
+2. `config.init_from`: weights of another run (its workdir), a .safetensors file or a PyTorch checkpoint; a new run;
+3. `config.backbone_weights`: a PyTorch classifier's weights below `backbone.`, the rest random;
 4. random initialisation from `config.seed`.
 
 Resuming comes first because a restarted job has the same command line as the one that was stopped.

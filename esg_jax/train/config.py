@@ -50,10 +50,10 @@ class RunConfig:
     accumulate: micro-batches per step.
     ema_decay: of average weights, or None.
     keep: checkpoints kept.
-    init_from: workdir of another run or a .safetensors file whose weights the run starts from.
+    init_from: what the run starts from: the workdir of another run, a model.safetensors, or a PyTorch checkpoint.
     init_optional: pattern of weights that `init_from` may lack; they start at random. By default the association
         module, which a Mask2Former checkpoint does not have.
-    backbone_weights: a .safetensors file of a backbone, or "imagenet" for the packaged MobileNetV2.
+    backbone_weights: a PyTorch checkpoint of a classifier, or "imagenet" for the packaged MobileNetV2.
     tensorboard: write TensorBoard files too.
     """
 

@@ -1,4 +1,4 @@
-"""Weights a run starts from: another run, a weights file, or a pretrained backbone."""
+"""Weights a run starts from: those of another run, or of a file, checked against the model."""
 
 import logging
 import re
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def read_weights(source: str | Path) -> dict[str, np.ndarray]:
-    """Dotted name -> array, from a run's workdir or a .safetensors file.
+    """Dotted name -> array, from a run's workdir or a .safetensors file with our names.
 
     Raises:
         FileNotFoundError: nothing there.
@@ -30,9 +30,7 @@ def read_weights(source: str | Path) -> dict[str, np.ndarray]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(
-            f"config.init_from: {path} is not a safetensors file ({error}); convert PyTorch checkpoints with `esg convert`"
-        ) from error
+        raise ValueError(f"config.init_from: {path} is not a safetensors file: {error}") from error
 
 
 def fit_weights(
@@ -72,14 +70,3 @@ def fit_weights(
     log.info("%s: %d weights taken over, %d start at random%s", source, len(taken), len(random),
              f" ({random[0]}, ...)" if random else "")  # fmt: skip
     return taken
-
-
-def read_backbone(source: str) -> dict[str, np.ndarray]:
-    """Backbone weights under their names in the model ("backbone....").
-
-    Args:
-        source: "imagenet" for the packaged MobileNetV2, or a .safetensors file made by `esg convert`.
-    """
-    if source == "imagenet":
-        raise NotImplementedError
-    return read_weights(source)

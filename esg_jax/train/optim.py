@@ -76,7 +76,9 @@ def make_schedule(config: OptimConfig, total_steps: int) -> Schedule:
         if config.schedule == "poly":
             rate = config.learning_rate * left**config.power
         elif config.schedule == "step":
-            passed = sum((step >= round(milestone * total_steps)).astype(jnp.float32) for milestone in config.milestones)
+            passed = sum(
+                (step >= round(milestone * total_steps)).astype(jnp.float32) for milestone in config.milestones
+            )
             rate = config.learning_rate * config.gamma**passed
         else:
             rate = jnp.asarray(config.learning_rate, jnp.float32)

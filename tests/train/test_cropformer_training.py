@@ -45,7 +45,10 @@ def one_device(run, batches):
 def test_every_term_is_there_and_adds_up(one_device):
     _, history = one_device
     expected = {
-        f"loss_{term}{index}_{level}" for term in ("ce", "mask", "dice") for index in ("_0", "") for level in ("2d", "3d")
+        f"loss_{term}{index}_{level}"
+        for term in ("ce", "mask", "dice")
+        for index in ("_0", "")
+        for level in ("2d", "3d")
     }
     terms = {name for name in history[0] if name.startswith("loss_")}
     assert terms == expected
