@@ -26,3 +26,19 @@ def shared_path(*parts: str) -> Path:
 def shared():
     """`shared("fixtures", "cropformer", "x.npz")` -> Path, or skip."""
     return shared_path
+
+
+@pytest.fixture(scope="session")
+def reference_model():
+    """`reference_model(golden)` -> our model with the PyTorch parameters of a golden file, through the converter."""
+    from esg_jax.interop.checkpoints import load_checkpoint
+    from esg_jax.interop.readers import reader_of
+
+    def load(golden):
+        names = (name for name in golden.files if name.startswith("param/"))
+        state = {name.removeprefix("param/"): golden[name] for name in names}
+        model, report = load_checkpoint(reader_of(state))
+        assert not (report.missing or report.ignored or report.dropped)
+        return model
+
+    return load

@@ -121,6 +121,14 @@ def open_checkpoint(path: str | Path) -> CheckpointReader:
     raise ValueError(f"{path} is no checkpoint this reader knows (PyTorch, numpy pickle, safetensors)")
 
 
+def reader_of(arrays: Mapping[str, np.ndarray], path: str | Path = "arrays in memory") -> CheckpointReader:
+    """Arrays in memory as a reader; `path` is for messages."""
+    return CheckpointReader(
+        Path(path),
+        {name: _Entry(array.shape, array.dtype, lambda array=array: array) for name, array in arrays.items()},
+    )
+
+
 def load_torch_state(path: str | Path) -> dict[str, np.ndarray]:
     """All tensors of a checkpoint in memory; see `open_checkpoint`."""
     return dict(open_checkpoint(path))
