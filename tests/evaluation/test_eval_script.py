@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -14,7 +15,7 @@ from PIL import Image
 from esg_jax.evaluation import BestOverlap, EntityAP, rle
 from esg_jax.evaluation.grid import grid, matched_colors
 from esg_jax.inference.predictor import Predictor
-from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
+from esg_jax.models.backbones.swin import SwinConfig
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
 from esg_jax.models.mask_decoder import MaskDecoderConfig
 from esg_jax.models.pixel_decoder import PixelDecoderConfig
@@ -22,6 +23,23 @@ from esg_jax.models.view_association import AssociationConfig
 from esg_jax.weights import save_weights
 
 REPO = Path(__file__).resolve().parents[2]
+TINY = CropFormerConfig(
+    backbone=SwinConfig(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), window_size=4),
+    pixel_decoder=PixelDecoderConfig(conv_dim=32, mask_dim=32, num_layers=1, num_heads=2, ffn_dim=32),
+    mask_decoder=MaskDecoderConfig(hidden_dim=32, mask_dim=32, num_heads=2, ffn_dim=32, num_layers=1, num_queries=6),
+    association=AssociationConfig(num_heads=2, ffn_dim=32),
+)
+
+
+def random_model(config):
+    """Weights from numpy: nothing is compiled to initialise them."""
+    rng = np.random.default_rng(0)
+    graph, state = nnx.split(nnx.eval_shape(lambda: CropFormer(config, rngs=nnx.Rngs(0))))
+    arrays = {
+        path: variable.replace(jnp.asarray(rng.normal(0, 0.3, variable.get_value().shape), jnp.float32))
+        for path, variable in nnx.to_flat_state(state)
+    }
+    return nnx.merge(graph, nnx.from_flat_state(arrays))
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +65,7 @@ def tiny_set(tmp_path_factory):
     (folder / "gt.json").write_text(
         json.dumps({"images": images, "annotations": annotations, "categories": categories})
     )
-    config = CropFormerConfig(
-        backbone=MobileNetV2Config(),
-        pixel_decoder=PixelDecoderConfig(conv_dim=32, mask_dim=32, num_layers=1, num_heads=2, ffn_dim=32),
-        mask_decoder=MaskDecoderConfig(
-            hidden_dim=32, mask_dim=32, num_queries=6, num_layers=3, num_heads=2, ffn_dim=32
-        ),
-        association=AssociationConfig(num_heads=2, ffn_dim=32),
-    )
-    save_weights(folder / "tiny.safetensors", CropFormer(config, rngs=nnx.Rngs(0)))
+    save_weights(folder / "tiny.safetensors", random_model(TINY))
     return folder
 
 
