@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +146,12 @@ def _read_image_ids(path: Path | None, images: list[Path]) -> list[int]:
 
 
 def _image_id(image: Path, candidates: list[tuple[Path, int]], listing: Path) -> int:
-    """The candidate with the same name; of several, the one whose folders are the image's, too."""
+    """The candidate with the same name; of several, the one that names most of the image's folders."""
     if len(candidates) > 1:
         parts = image.resolve().parts
         candidates = [pair for pair in candidates if parts[-len(pair[0].parts) :] == pair[0].parts]
+        deepest = max((len(pair[0].parts) for pair in candidates), default=0)
+        candidates = [pair for pair in candidates if len(pair[0].parts) == deepest]
     if len(candidates) != 1:
         raise ValueError(f"--image-ids {listing} lists {len(candidates)} images that could be {image}, expected one")
     return candidates[0][1]
@@ -169,21 +172,37 @@ class _Job:
 
     def run(self, predictor) -> bool:
         """False when `--strict` stopped the job."""
-        with _progress(len(self.images)) as advance:
+        from concurrent.futures import Future, ThreadPoolExecutor
+
+        # Files are drawn and compressed while the next images are predicted; at most four wait.
+        writing: deque[tuple[int, Future]] = deque()
+        with _progress(len(self.images)) as advance, ThreadPoolExecutor(2) as pool:
             for index, result in predictor.predict_many(self.images, batch_size=self.args.batch_size):
-                if not isinstance(result, Exception):
-                    try:
-                        self._write(index, result)
-                    except OSError as error:
-                        result = error
                 if isinstance(result, Exception):
                     self.failures.append((self.images[index], result))
-                    if self.args.strict:
-                        return False
+                else:
+                    writing.append((index, pool.submit(self._write, index, result)))
+                while len(writing) > 4:
+                    self._settle(*writing.popleft())
+                if self.failures and self.args.strict:
+                    break
                 advance()
-        return True
+            while writing:
+                self._settle(*writing.popleft())
+        return not (self.failures and self.args.strict)
 
-    def _write(self, index: int, prediction) -> None:
+    def _settle(self, index: int, job) -> None:
+        try:
+            kept = job.result()
+        except (OSError, ValueError) as error:
+            self.failures.append((self.images[index], error))
+            return
+        if "json" in self.args.formats:
+            self.coco.add(kept, self.images[index].name, self.image_ids[index])
+        self.done += 1
+        self.entities += len(kept)
+
+    def _write(self, index: int, prediction):
         from esg_jax.inference import writers
         from esg_jax.input.image_io import load_image
 
@@ -196,10 +215,7 @@ class _Job:
             writers.write_label_map(f"{base}_labels.png", kept)
         if "npz" in self.args.formats:
             writers.write_arrays(f"{base}.npz", kept)
-        if "json" in self.args.formats:
-            self.coco.add(kept, self.images[index].name, self.image_ids[index])
-        self.done += 1
-        self.entities += len(kept)
+        return kept
 
     def close(self) -> None:
         if "json" in self.args.formats and self.done:
