@@ -163,7 +163,8 @@ class CropFormer(nnx.Module):
             image_bthwc: RGB views on the 0..255 scale, padded at the bottom and right to one size, a multiple of 32.
                 View 0 is the full image.
             size_bt2: (height, width) of every view before padding, in pixels.
-            drop_path_key: randomness of stochastic depth; None switches it off (inference).
+            drop_path_key: randomness of stochastic depth, one typed key or one per view (b*t); None switches it off
+                (inference).
             all_predictions: keep the predictions of every layer, as training needs.
 
         Raises:

@@ -64,8 +64,8 @@ def tpu_devices(topology: str) -> list:
         return list(topologies.get_topology_desc(topology, platform="tpu").devices)
     except Exception as error:  # jax raises several kinds, depending on what is missing
         raise RuntimeError(
-            f"cannot plan for {topology!r}: {error}. It needs libtpu (pip install 'esg_jax[tpu]') and a topology such as "
-            "v5e:2x2 or v5e:4x4"
+            f"cannot plan for {topology!r}: {error}. It needs libtpu (pip install 'esg_jax[tpu]') and a "
+            "topology such as v5e:2x2 or v5e:4x4"
         ) from error
 
 

@@ -132,22 +132,6 @@ def tree_shardings(tree: Any, specs: Mapping[str, P], mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def gather_fsdp(params: dict[str, jax.Array], specs: Mapping[str, P], mesh: Mesh) -> dict[str, jax.Array]:
-    """Asks for parameters that are whole along "fsdp", as the forward pass needs them.
-
-    Said once at the top of the step, this leaves the compiler no choice but to gather weights, rather than to reshard
-    activations along features; splits along "model" stay.
-    """
-
-    def whole(spec):
-        return P(*[tuple(axis for axis in _as_tuple(axes) if axis != FSDP) or None for axes in spec])
-
-    return {
-        name: jax.lax.with_sharding_constraint(value, NamedSharding(mesh, whole(specs[name])))
-        for name, value in params.items()
-    }
-
-
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts this process's part of a batch on its devices; the result is one global array per entry.
 
@@ -161,8 +145,8 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
         rows = len(value) * jax.process_count()
         if rows % shards:
             raise ValueError(
-                f"batch size {rows} does not divide over {shards} devices (data x fsdp); change config.data.batch_size or "
-                "config.mesh"
+                f"batch size {rows} does not divide over {shards} devices (data x fsdp); change "
+                "config.data.batch_size or config.mesh"
             )
         out[name] = jax.make_array_from_process_local_data(sharding, np.asarray(value))
     return out

@@ -1,6 +1,6 @@
 """One training step as a pure function of (state, batch), compiled for a mesh.
 
-A task is what is being trained: `loss(model, batch, keys, normalizers)` and `normalizers(batch)`, see `Task`.
+A task is what is being trained: a loss and its normalisers, see `Task`.
 """
 
 import dataclasses
@@ -29,10 +29,11 @@ class Task(Protocol):
         """Sums over the whole batch that divide the loss; they depend on targets only."""
         ...
 
-    def loss(
-        self, model: nnx.Module, batch: Batch, key: jax.Array, normalizers: Any, mesh: Mesh | None
-    ) -> tuple[jax.Array, Metrics]:
-        """Scalar loss and its named terms. Summed over micro-batches they equal those of the whole batch."""
+    def loss(self, model: nnx.Module, batch: Batch, keys: jax.Array, normalizers: Any) -> tuple[jax.Array, Metrics]:
+        """Scalar loss and its named terms for some of the images, one random key each.
+
+        Must be a plain sum over images: summed over devices and micro-batches it is the loss of the whole batch.
+        """
         ...
 
 
@@ -166,9 +167,14 @@ class TrainStep:
         """Loss, terms and gradients of the whole batch, one micro-batch at a time."""
         normalizers = self.task.normalizers(batch)
 
-        def loss_fn(params, micro, micro_key):
-            params = sharding.gather_fsdp(params, self._specs, self.mesh)
-            return self.task.loss(self.model.merge(params, state.constants), micro, micro_key, normalizers, self.mesh)
+        def local_loss(params, constants, micro, keys, normalizers):
+            return self.task.loss(self.model.merge(params, constants), micro, keys, normalizers)
+
+        images = sharding.BATCH_SPEC
+        mapped = map_images(local_loss, self.mesh, (P(), P(), images, images, P()))
+
+        def loss_fn(params, micro, keys):
+            return mapped(params, state.constants, micro, keys, normalizers)
 
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         parts = self.config.accumulate
@@ -192,15 +198,20 @@ class TrainStep:
         return jax.lax.scan(body, zero, split)[0]
 
 
-def batch_shard_map(function: Callable, mesh: Mesh, in_specs: Any) -> Callable:
+def map_images(function: Callable, mesh: Mesh, in_specs: Any) -> Callable:
     """Runs `function` on every device's own images; its outputs, sums over those images, come back added up.
 
-    Assignment loops and kernels inside would otherwise be synchronised or gathered by the partitioner: a vmapped
-    while loop under Auto sharding communicates in every iteration.
+    Weights arrive whole along (data, fsdp): that is the all-gather of FSDP, and its transpose the reduce-scatter.
+    Inside, nothing communicates. The automatic partitioner would do worse: it synchronises the loop of the assignment
+    in every iteration, gathers around kernels, and may split activations along channels. It still splits matrices
+    along "model" when that axis is used.
     """
+    axes = set(mesh.axis_names) if mesh.shape[sharding.MODEL] == 1 else set(sharding.BATCH_AXES)
 
     def local(*args):
         return jax.tree.map(lambda x: x[None], function(*args))
 
-    mapped = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=sharding.BATCH_SPEC, check_vma=False)
+    mapped = jax.shard_map(
+        local, mesh=mesh, in_specs=in_specs, out_specs=sharding.BATCH_SPEC, axis_names=axes, check_vma=False
+    )
     return lambda *args: jax.tree.map(lambda x: jnp.sum(x, axis=0), mapped(*args))

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from esg_jax.train import sharding
 from esg_jax.train.optim import OptimConfig
+from esg_jax.train.step import map_images
 
 
 def run(step, num_steps=5, batch_size=8):
@@ -124,6 +125,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import jax, toy
 from esg_jax.train.optim import OptimConfig
+from esg_jax.train.step import map_images
 from esg_jax.train.sharding import make_mesh, put_batch
 from esg_jax.train.step import TrainStep
 step = TrainStep(toy.toy_model(), toy.ToyTask(), optim=OptimConfig(learning_rate=1e-2, clip_norm=1.0),
@@ -146,17 +148,16 @@ def test_tree_mode_gives_the_same_losses(make_step):
     assert result.stdout.split() == [float(loss).hex() for loss in losses]
 
 
-def test_batch_shard_map_sums_over_images_and_keeps_gradients(make_step):
-    from esg_jax.train.step import batch_shard_map
-
-    mesh = sharding.make_mesh(2, 2, 2)
+@pytest.mark.parametrize("shape", [(2, 4, 1), (2, 2, 2)])
+def test_mapping_over_images_sums_and_keeps_gradients(shape):
+    mesh = sharding.make_mesh(*shape)
     x = jnp.arange(24.0).reshape(8, 3)
 
     def total(x, scale):
         return jnp.sum(x**2) * scale
 
-    mapped = batch_shard_map(total, mesh, (sharding.BATCH_SPEC, P()))
-    value, grads = jax.jit(jax.value_and_grad(lambda x, s: mapped(x, s), argnums=(0, 1)))(x, 3.0)
+    mapped = map_images(total, mesh, (sharding.BATCH_SPEC, P()))
+    value, grads = jax.jit(jax.value_and_grad(mapped, argnums=(0, 1)))(x, 3.0)
     expected, expected_grads = jax.value_and_grad(total, argnums=(0, 1))(x, 3.0)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(grads[0], expected_grads[0], rtol=1e-6)

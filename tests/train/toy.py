@@ -34,7 +34,7 @@ class ToyTask:
     def normalizers(self, batch):
         return batch["weight"].sum()
 
-    def loss(self, model, batch, keys, normalizers, mesh):
+    def loss(self, model, batch, keys, normalizers):
         noise = jax.vmap(lambda key: jax.random.normal(key, (4,)))(keys)
         error = jnp.mean((model(batch["image"]) - batch["target"] + 0.1 * noise) ** 2, axis=-1)
         loss = jnp.sum(error * batch["weight"]) / normalizers

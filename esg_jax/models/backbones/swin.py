@@ -222,7 +222,7 @@ class Swin(nnx.Module):
 
         Args:
             image_bhwc: images of any size; padded with zeros to a multiple of 4.
-            drop_path_key: randomness of stochastic depth; None switches it off.
+            drop_path_key: randomness of stochastic depth, one typed key or one per image; None switches it off.
         """
         batch, height, width, _ = image_bhwc.shape
         image_bhwc = jnp.pad(image_bhwc, ((0, 0), (0, -height % 4), (0, -width % 4), (0, 0)))
@@ -245,4 +245,6 @@ def _drop_path_scales(key, rate: float, blocks: int, batch: int) -> Float[Array,
     if key is None or rate == 0:
         return None
     keep = 1 - jnp.linspace(0, rate, blocks)[:, None, None]
-    return jax.random.bernoulli(key, keep, (blocks, 2, batch)) / keep
+    keys = key if key.ndim else jax.random.split(key, batch)
+    drawn = jax.vmap(lambda key: jax.random.bernoulli(key, keep[..., 0], (blocks, 2)), out_axes=-1)(keys)
+    return drawn / keep
