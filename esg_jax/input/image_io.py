@@ -42,7 +42,8 @@ def load_image(source: str | Path | bytes, name: str | None = None) -> UInt8[np.
     try:
         with Image.open(stream) as image:
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
     # Decoders report broken data as OSError, SyntaxError, struct.error, EOFError, ValueError and more.
     except Exception as error:
         raise ImageError(f"cannot read image {name}: {error}") from error
@@ -113,4 +114,4 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         if not (np.isfinite(gray).all() and gray.min() >= 0 and gray.max() <= 1):
             raise ValueError("floating-point pixels must lie in 0..1; convert the image to 8 or 16 bits")
         return np.repeat(np.round(gray * 255).astype(np.uint8)[..., None], 3, axis=-1)
-    return np.array(image.convert("RGB"))
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

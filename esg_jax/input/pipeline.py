@@ -36,7 +36,7 @@ MAPPERS = ("entity_crop", "entity_full", "lsj")
 class DataConfig:
     """Training data.
 
-    sources: fields of `SourceConfig` by a name of your choice; weights are relative.
+    sources: a dictionary of `SourceConfig` fields under a name of your choice each; weights are relative.
     mapper: "entity_crop" (whole image and one corner crop, CropFormer), "entity_full" (whole image only) or "lsj"
         (large-scale jitter, Mask2Former).
     short_edges, max_size: pixels; for the entity mappers.
@@ -76,7 +76,9 @@ class DataConfig:
         for name in ("buckets", "lsj_size"):
             if np.any(np.asarray(getattr(self, name)) % 32):
                 raise ValueError(f"data.{name} is {getattr(self, name)}; sides must be multiples of 32")
-        self.source_configs()
+        # Every field of a source is spelled out, so that the command line can override each.
+        sources = {name: dataclasses.asdict(source) for name, source in self.source_configs().items()}
+        object.__setattr__(self, "sources", sources)
 
     def source_configs(self) -> dict[str, SourceConfig]:
         """The sources as dataclasses. Raises ValueError with the full path of an unknown field."""
@@ -209,9 +211,7 @@ def _bucket_of_size(height, width, short_edges, max_size, buckets, name) -> int:
 
 def _mapper(config: DataConfig, bucket: int):
     if config.mapper == "lsj":
-        return mappers.LargeScaleJitter(
-            config.lsj_size, config.max_entities, config.lsj_scales, config.class_agnostic
-        )
+        return mappers.LargeScaleJitter(config.lsj_size, config.max_entities, config.lsj_scales, config.class_agnostic)
     return mappers.EntityCrop(
         config.short_edges,
         config.max_size,

@@ -278,9 +278,7 @@ class SemanticMaps:
     def __getitem__(self, index: int) -> LabelMapRecord:
         image, mask = self._names[index]
         height, width = (int(side) for side in self.sizes[index])
-        return LabelMapRecord(
-            self._folder / image, image, image, height, width, self._masks / mask, None, None, None
-        )
+        return LabelMapRecord(self._folder / image, image, image, height, width, self._masks / mask, None, None, None)
 
     def __repr__(self) -> str:
         return f"SemanticMaps({self.file}, {len(self)} images)"

@@ -87,11 +87,13 @@ def nearest_indices(size: int, new_size: int) -> Int[np.ndarray, "new_size"]:
 
 
 def view_image(image_hw3: UInt8[np.ndarray, "h w 3"], view: View) -> UInt8[np.ndarray, "height width 3"]:
-    """Pixels of a view: flip, crop, then resize (the crop's own border is the border of the filter)."""
+    """Pixels of a view: crop, then resize (the crop's own border is the border of the filter), flipped if asked.
+
+    The filter is symmetric, so flipping the few resized pixels gives what resizing the flipped original gives.
+    """
     x0, y0, x1, y1 = _unflipped(view, image_hw3.shape[1])
-    pixels = image_hw3[y0:y1, x0:x1]
-    pixels = pixels[:, ::-1] if view.flip else pixels
-    return resize_image(np.ascontiguousarray(pixels), view.size)
+    pixels = resize_image(np.ascontiguousarray(image_hw3[y0:y1, x0:x1]), view.size)
+    return pixels[:, ::-1] if view.flip else pixels
 
 
 def view_labels(labels_hw: Integer[np.ndarray, "h w"], view: View) -> Integer[np.ndarray, "height width"]:

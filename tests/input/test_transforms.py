@@ -56,6 +56,16 @@ def test_corner_boxes_truncate_in_double_precision():
     np.testing.assert_array_equal(transforms.corner_boxes(1, 1), [[0, 0, 1, 1]] * 4)
 
 
+def test_resizing_commutes_with_flipping():
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        old, new = rng.integers(1, 200, (2, 2))
+        old = rng.choice([old, 2 * new, 3 * new])
+        image = rng.integers(0, 256, (*old, 3), dtype=np.uint8)
+        flipped = transforms.resize_image(np.ascontiguousarray(image[:, ::-1]), tuple(new))
+        np.testing.assert_array_equal(transforms.resize_image(image, tuple(new))[:, ::-1], flipped)
+
+
 def test_flipped_crop_equals_flip_then_crop():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (50, 71, 3), dtype=np.uint8)

@@ -1,0 +1,133 @@
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("skimage", reason="the photographs come from scikit-image (extra: demo)")
+
+from data.scenes import SceneConfig, render_scene
+from data.scenes.dataset import write_scenes
+from data.scenes.layout import make_layout
+from data.scenes.statistics import measure
+from data.scenes.textures import PHOTOS, photo, window
+from esg_jax.input.readers import SourceConfig, open_source
+
+SMALL = SceneConfig(long_side=(240, 300))
+
+
+@pytest.fixture(scope="module")
+def layouts():
+    """Full-size layouts, without the slow painting."""
+    return [make_layout(np.random.default_rng((5, i)), 2000, 1500, SceneConfig().entities) for i in range(24)]
+
+
+def test_equal_seeds_give_equal_pixels():
+    first, again, other = (render_scene(seed, SMALL) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(first.image, again.image)
+    np.testing.assert_array_equal(first.labels, again.labels)
+    assert first.image.shape != other.image.shape or (first.image != other.image).any()
+
+
+def test_scene_is_an_exact_partition_in_the_asked_size():
+    for seed in range(4):
+        scene = render_scene(seed, SMALL)
+        assert scene.image.dtype == np.uint8 and scene.image.shape == (*scene.labels.shape, 3)
+        assert 240 <= max(scene.labels.shape) <= 300
+        np.testing.assert_array_equal(np.unique(scene.labels), np.arange(1, scene.count + 1))
+
+
+def test_later_items_occlude_earlier_ones(layouts):
+    for layout in layouts[:6]:
+        painted = np.zeros(layout.labels.shape, bool)
+        for number in range(len(layout.items), 0, -1):
+            item = layout.items[number - 1]
+            if item.mask is None:
+                continue
+            inside = np.zeros(layout.labels.shape, bool)
+            x, y = item.corner
+            mask = np.asarray(item.mask) > 127
+            rows, columns = np.nonzero(mask)
+            rows, columns = rows + y, columns + x
+            shown = (rows >= 0) & (columns >= 0) & (rows < inside.shape[0]) & (columns < inside.shape[1])
+            inside[rows[shown], columns[shown]] = True
+            np.testing.assert_array_equal(layout.labels == number, inside & ~painted)
+            painted |= inside
+
+
+def test_labels_resemble_real_ones(layouts):
+    """Bounds around the numbers of real photographs in data/scenes/README.md."""
+    blank = np.zeros((1500, 2000, 3), np.uint8)
+    statistics = measure(((blank, [layout.labels]) for layout in layouts), floor=False)
+    assert statistics.counts.min() >= 3 and statistics.counts.max() <= 45
+    assert 9 <= np.median(statistics.counts) <= 20
+    assert (statistics.areas < 32 * 32 / (640 * 480)).mean() >= 0.2
+    assert np.percentile(statistics.areas, 90) > 0.15
+    assert (statistics.parts > 1).mean() >= 0.1
+    assert 2.0 <= np.median(statistics.compactness) <= 3.2
+
+
+@pytest.mark.slow
+def test_colour_clustering_does_not_find_the_entities():
+    config = SceneConfig(long_side=(640, 640))
+    scenes = (render_scene((11, i), config) for i in range(16))
+    statistics = measure((scene.image, [scene.labels]) for scene in scenes)
+    assert 0.2 < statistics.floor_iou.mean() < 0.45
+
+
+def test_statistics_of_known_shapes():
+    labels = np.zeros((480, 640), np.int32)
+    labels[100:110, 100:400] = 1  # a bar: perimeter 620, corrected by pi / 4
+    labels[300:320, 300:320] = 2
+    labels[400:420, 300:320] = 2
+    image = np.full((480, 640, 3), 200, np.uint8)
+    image[labels == 1] = 20
+    statistics = measure([(image, [labels])])
+    np.testing.assert_array_equal(statistics.counts, [2])
+    np.testing.assert_allclose(statistics.areas, [3000 / 307200, 800 / 307200])
+    np.testing.assert_array_equal(statistics.parts, [1, 2])
+    np.testing.assert_allclose(statistics.compactness[0], (620 * np.pi / 4) ** 2 / (4 * np.pi * 3000))
+    assert statistics.floor_iou[0] > 0.5 and statistics.floor_iou[1] < 0.01
+    assert statistics.summary()["entities"] == 2
+
+
+def test_written_scenes_read_back(tmp_path):
+    file = write_scenes(tmp_path, 3, seed=7, config=SMALL)
+    source = open_source(SourceConfig(annotations=str(file)))
+    assert len(source) == 3
+    scene = render_scene((7, 1), SMALL)
+    record = source[1]
+    entities = record.load_entities()
+    np.testing.assert_array_equal(entities.layers[0], scene.labels)
+    np.testing.assert_array_equal(entities.areas(), np.bincount(scene.labels.ravel())[1:])
+    assert np.abs(record.load_image().astype(int) - scene.image).mean() < 12  # JPEG
+    annotation = json.loads(file.read_text())["annotations"][0]
+    rows, columns = np.nonzero(render_scene((7, 0), SMALL).labels == 1)
+    box = [columns.min(), rows.min(), columns.max() - columns.min() + 1, rows.max() - rows.min() + 1]
+    assert annotation["bbox"] == box
+
+
+def test_writer_continues_and_extends(tmp_path):
+    whole = json.loads(write_scenes(tmp_path / "whole", 3, config=SMALL).read_text())
+    out = tmp_path / "steps"
+    write_scenes(out, 1, config=SMALL)
+    stamp = (out / "images" / "000000.jpg").stat().st_mtime_ns
+    extended = json.loads(write_scenes(out, 3, config=SMALL).read_text())
+    assert extended == whole
+    assert (out / "images" / "000000.jpg").stat().st_mtime_ns == stamp
+    finished = (out / "annotations.json").stat().st_mtime_ns
+    write_scenes(out, 2, config=SMALL)
+    assert (out / "annotations.json").stat().st_mtime_ns == finished
+    assert sorted(path.name for path in out.iterdir()) == ["annotations.json", "images"]
+    with pytest.raises(ValueError, match="another seed or configuration"):
+        write_scenes(out, 3, seed=1, config=SMALL)
+
+
+def test_photographs_are_there_and_windows_continue_them():
+    for name in PHOTOS:
+        assert photo(name).ndim == 3
+    gray = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    periodic = window(gray, 9, 8, np.random.default_rng(0))
+    np.testing.assert_array_equal(periodic[:3], periodic[3:6])
+    colour = np.repeat(gray[..., None], 3, -1)
+    mirrored = window(colour, 12, 4, np.random.default_rng(0))[..., 0].astype(int)
+    assert np.abs(np.diff(mirrored, axis=0)).max() <= 4  # no jump at a seam
