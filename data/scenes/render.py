@@ -180,7 +180,7 @@ def _background(rng, layout: Layout, colours, haze: Haze) -> Image.Image:
             material = random_material(rng, _scene_colour(rng, colours), _scene_colour(rng, colours), scenic=0.02)
             receding = layout.style in ("outdoor", "room") and box[3] >= height and rng.random() < 0.7
             surface = _receding(rng, material, size) if receding else material.paint(rng, size)
-            if rng.random() < 0.6:
+            if rng.random() < 0.4:
                 _decorate(rng, surface, colours)
             surface = _worn(rng, surface)
         surface = ImageChops.hard_light(surface, _slope(rng, size, rough=not sky))
@@ -350,8 +350,8 @@ def _decorate(rng, surface: Image.Image, colours) -> None:
             if rng.random() < 0.35:
                 ends = [(y, x) for x, y in ends]
             draw.polygon([(x * width, y * height) for x, y in ends], fill=255)
-        elif choice < 0.75:
-            function = shapes.choose(rng, shapes.SOLID)[0]
+        elif choice < 0.88:
+            function = shapes.choose(rng, shapes.MARKS)[0]
             w, h = (max(8, int(side * rng.uniform(0.15, 0.6))) for side in surface.size)
             corner = (int(rng.uniform(-0.2, 0.9) * width), int(rng.uniform(-0.2, 0.9) * height))
             mark.paste(function(rng, (w, h)), corner)

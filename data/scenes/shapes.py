@@ -323,6 +323,8 @@ SOLID = (
     (text, 0.4, (1.0, 4.0)),
     (bunch, 0.8, (0.7, 2.0)),
 )
+# Prints on a surface: nothing that would itself be an entity elsewhere.
+MARKS = ((polygon, 2, None), (quad, 2, None), (blob, 2, None), (superellipse, 1, None), (text, 1, None))
 SIMPLE = tuple(row for row in SOLID if row[0] in (blob, superellipse, quad, polygon, cuboid, vessel))
 THIN = ((pole, 3, (0.1, 0.5)), (wire, 3, (0.8, 6.0)), (fence, 0.6, (1.0, 4.0)))
 
