@@ -8,10 +8,10 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from esg_jax.ops.deform_attn import pallas_tpu, xla
+from esg_jax.ops.deform_attn import cuda, pallas_tpu, xla
 from esg_jax.ops.deform_attn.xla import Shapes
 
-Implementation = Literal["xla", "pallas_tpu"]
+Implementation = Literal["xla", "pallas_tpu", "cuda"]
 
 
 def deform_attn(
@@ -34,7 +34,8 @@ def deform_attn(
         the first and last pixel. Any finite value is allowed; samples outside the map read zeros. float32.
       weights_bqhlp: attention weights, softmaxed over (L, P) by the caller. float32.
       implementation: None chooses by platform (when the computation is lowered) and shape: the Pallas kernel on TPU
-        where a level fits its memory, else XLA. "xla" runs everywhere, "pallas_tpu" in (slow) interpret mode off TPU.
+        where a level fits its memory, the CUDA kernel on NVIDIA GPUs once it is built, else XLA. "xla" runs everywhere,
+        "pallas_tpu" in (slow) interpret mode off TPU, "cuda" only on NVIDIA GPUs.
 
     Returns:
       (B, Q, H*D) in the dtype of the values.
@@ -59,15 +60,18 @@ def _jit(function, **options):
     return jax.jit(functools.partial(function, **options), static_argnums=1)
 
 
-# (any platform, TPU) by implementation
+# implementation -> function by platform; "default" is any other platform.
 _FORWARD = {
-    "xla": (_jit(xla.forward), _jit(xla.packed_forward)),
-    "pallas_tpu": (_jit(pallas_tpu.forward, interpret=True), _jit(pallas_tpu.forward)),
+    "xla": {"tpu": _jit(xla.packed_forward), "default": _jit(xla.forward)},
+    "pallas_tpu": {"tpu": _jit(pallas_tpu.forward), "default": _jit(pallas_tpu.forward, interpret=True)},
+    "cuda": {"cuda": _jit(cuda.forward)},
 }
 _BACKWARD = {
-    "xla": (_jit(xla.backward), _jit(xla.packed_backward)),
-    "pallas_tpu": (_jit(pallas_tpu.backward, interpret=True), _jit(pallas_tpu.backward)),
+    "xla": {"tpu": _jit(xla.packed_backward), "default": _jit(xla.backward)},
+    "pallas_tpu": {"tpu": _jit(pallas_tpu.backward), "default": _jit(pallas_tpu.backward, interpret=True)},
+    "cuda": {"cuda": _jit(cuda.backward)},
 }
+_PREFERRED = {"tpu": "pallas_tpu", "cuda": "cuda"}
 
 
 # The rule is outside the choice of backend: residuals are the arguments, whatever computes the output.
@@ -91,20 +95,25 @@ _deform_attn.defvjp(_forward, _backward)
 
 def _dispatch(table, implementation, values, shapes, *arrays):
     """Calls the function of the platform that the computation is lowered for."""
-    on_tpu = implementation or "pallas_tpu"
-    if _refusal(on_tpu, values, shapes, arrays[1]):
-        on_tpu = "xla"
-
-    def branch(function):
-        return lambda values, *arrays: function(values, shapes, *arrays)
-
-    default, _ = table[implementation or "xla"]
-    return lax.platform_dependent(values, *arrays, tpu=branch(table[on_tpu][1]), default=branch(default))
+    functions = dict(table[implementation or "xla"])
+    if implementation is None:
+        for platform, preferred in _PREFERRED.items():
+            if not _refusal(preferred, values, shapes, arrays[1]):
+                functions[platform] = table[preferred][platform]
+    branches = {
+        platform: functools.partial(lambda function, values, *arrays: function(values, shapes, *arrays), function)
+        for platform, function in functions.items()
+    }
+    if implementation == "cuda":
+        return branches["cuda"](values, *arrays)  # lowering for another platform then names the missing target
+    return lax.platform_dependent(values, *arrays, **branches)
 
 
 def _refusal(implementation, values, shapes, weights) -> str | None:
     if implementation == "pallas_tpu":
         return pallas_tpu.unsupported(values.shape, values.dtype, shapes, weights.shape[4])
+    if implementation == "cuda":
+        return cuda.unsupported(values.shape, values.dtype, shapes) or cuda.missing()
     return None
 
 
