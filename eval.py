@@ -26,10 +26,10 @@ from esg_jax.evaluation import formats, report
 from esg_jax.evaluation import run as evaluation
 from esg_jax.evaluation.config import EvalConfig
 from esg_jax.evaluation.driver import progress
-from esg_jax.evaluation.grid import grid
 from esg_jax.evaluation.rle import EvaluationError
 from esg_jax.inference.predictor import Predictor
 from esg_jax.input.image_io import load_image
+from esg_jax.viz import GridRow, prediction_grid
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), see configs/recipes.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Weights (.safetensors).")
@@ -69,8 +69,9 @@ def run(config: EvalConfig) -> None:
     report.write_json({**about, **scores}, out / "results.json")
     print_scores(config, scores)
     if config.grid_images:
-        rows = ((text, load_image(path), *maps) for text, path, *maps in evaluation.drawings(config, files))
-        Image.fromarray(grid(rows)).save(out / "grid.png")
+        drawings = evaluation.drawings(config, files)
+        rows = (GridRow(load_image(path), predicted, target, title) for title, path, predicted, target in drawings)
+        Image.fromarray(prediction_grid(rows)).save(out / "grid.png")
         print(f"predictions beside the ground truth: {out / 'grid.png'}")
     print(f"all numbers: {out / 'results.json'}")
 

@@ -1,10 +1,10 @@
 """Pictures in rows and columns with titles, and predictions beside ground truth."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw
 
 from esg_jax.viz.overlay import overlay
@@ -92,7 +92,7 @@ class GridRow:
     scores: Sequence[float] | None = None
 
 
-def prediction_grid(rows: Sequence[GridRow], *, cell_width: int = 560) -> UInt8[np.ndarray, "height width 3"]:
+def prediction_grid(rows: Iterable[GridRow], *, cell_width: int = 560) -> UInt8[np.ndarray, "height width 3"]:
     """Photograph, ground truth and prediction of every row, side by side.
 
     A predicted entity has the colour of the annotated one it overlaps with an IoU of at least 0.5. The caption counts
@@ -101,6 +101,7 @@ def prediction_grid(rows: Sequence[GridRow], *, cell_width: int = 560) -> UInt8[
     Raises:
         ValueError: no rows.
     """
+    rows = list(rows)
     if not rows:
         raise ValueError("prediction_grid needs at least one row")
     with_target = any(row.target is not None for row in rows)
@@ -120,7 +121,8 @@ def prediction_grid(rows: Sequence[GridRow], *, cell_width: int = 560) -> UInt8[
             fixed = {label: int(target_colors[match]) for label, match in pairs.items()}
             colors = assign_colors(row.prediction, count, fixed)
             present = np.unique(row.target[row.target >= 0]).size
-            annotated, found = f"{present} annotated", f"{len(pairs)} of {present} found at IoU 0.5, "
+            found = f"{len(set(pairs.values()))} of {present} found at IoU 0.5, "
+            annotated = f"{present} annotated"
         predicted = np.unique(row.prediction[row.prediction >= 0]).size
         picture = overlay(row.image, row.prediction, tags, colors=colors, max_side=side)
         if with_target:
@@ -136,7 +138,7 @@ def prediction_grid(rows: Sequence[GridRow], *, cell_width: int = 560) -> UInt8[
 def matches(
     prediction: Int[np.ndarray, "h w"], target: Int[np.ndarray, "h w"], least_iou: float = 0.5
 ) -> dict[int, int]:
-    """Predicted label -> annotated label for pairs above `least_iou` (at 0.5 or more, pairs are unique)."""
+    """Predicted label -> annotated label for pairs with an IoU of at least `least_iou`."""
     count, total = int(prediction.max(initial=-1)) + 2, int(target.max(initial=-1)) + 2
     joint = np.bincount(
         ((prediction.ravel() + 1).astype(np.int64) * total + target.ravel() + 1), minlength=count * total
@@ -144,12 +146,4 @@ def matches(
     joint = joint.reshape(count, total)
     union = joint.sum(1, keepdims=True) + joint.sum(0, keepdims=True) - joint
     iou = (joint / np.maximum(union, 1))[1:, 1:]
-    return {int(label): int(match) for label, match in zip(*np.nonzero(iou > least_iou), strict=True)}
-
-
-def label_map_of(masks_nhw: Bool[np.ndarray, "n h w"]) -> Int[np.ndarray, "h w"]:
-    """Label map of masks that may overlap: smaller ones lie on top."""
-    label_map = np.full(masks_nhw.shape[1:], -1, np.int16)
-    for label in np.argsort(-masks_nhw.sum((1, 2)), kind="stable"):
-        label_map[masks_nhw[label]] = label
-    return label_map
+    return {int(label): int(match) for label, match in zip(*np.nonzero(iou >= least_iou), strict=True)}

@@ -13,7 +13,6 @@ from flax import nnx
 from PIL import Image
 
 from esg_jax.evaluation import BestOverlap, EntityAP, rle
-from esg_jax.evaluation.grid import grid, matched_colors
 from esg_jax.inference.predictor import Predictor
 from esg_jax.models.backbones.swin import SwinConfig
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
@@ -130,14 +129,3 @@ def test_mistakes_end_with_one_line(tiny_set, tmp_path):
     )
     assert run.returncode == 1 and "no such file: nowhere.json" in run.stderr
     assert "Traceback" not in run.stderr
-
-
-def test_matched_predictions_share_the_colour():
-    target = np.zeros((20, 30), int)
-    target[:, 10:] = 1
-    target[:, 20:] = 2
-    pred = np.where(target == 2, 0, np.where(target == 0, 1, -1))
-    pred_colors, target_colors = matched_colors(pred, target)
-    assert pred_colors[0] == target_colors[2] and pred_colors[1] == target_colors[0]
-    picture = grid([("caption", np.zeros((20, 30, 3), np.uint8), pred, target)], width=60)
-    assert picture.shape[1] == 3 * 60 + 16 and picture.std() > 10
