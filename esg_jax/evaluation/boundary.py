@@ -2,11 +2,11 @@
 
 The boundary of a mask is what d erosions with a 3x3 square remove, the outside of the image counting as background;
 d = max(1, round(ratio x image diagonal)). The official code erodes full-size arrays d times and re-encodes them. Here
-all d erosions are one pass per axis over a bit-packed crop, and only pairs whose mask IoU could still match are looked
+all d erosions are a few passes over a bit-packed crop, and only pairs whose mask IoU could still match are looked
 at.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -22,38 +22,64 @@ def boundary_width(size: Sequence[int], ratio: float = 0.02) -> int:
 
 def erode(mask: Bool[np.ndarray, "h w"], steps: int) -> Bool[np.ndarray, "h w"]:
     """`mask` after `steps` erosions with a 3x3 square; outside the array is background."""
-    for _ in range(2):  # along the height, then, transposed, along the width, and back
-        bits = _erode_rows(np.packbits(mask, axis=1), steps)
-        mask = np.unpackbits(bits, axis=1, count=mask.shape[1]).astype(bool).T
-    return mask
+    bits = _erode_packed(np.packbits(mask, axis=1), steps)
+    return np.unpackbits(bits, axis=1, count=mask.shape[1]).astype(bool)
 
 
-def _erode_rows(bits: UInt8[np.ndarray, "n b"], steps: int) -> UInt8[np.ndarray, "n b"]:
-    """AND of every row with its `steps` neighbours on both sides; rows beyond the array are 0."""
-    length = bits.shape[0]
-    padded = np.zeros((length + 2 * steps, bits.shape[1]), np.uint8)
-    padded[steps : steps + length] = bits
+def _erode_packed(bits: UInt8[np.ndarray, "n b"], steps: int) -> UInt8[np.ndarray, "n b"]:
+    """Erosion of rows of packed bits (first pixel = highest bit), along both axes."""
+    return _window_and(_window_and(bits, steps, _shift_rows), steps, _shift_bits)
+
+
+def _window_and(bits: np.ndarray, steps: int, shift: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
+    """AND of every pixel with `steps` neighbours on both sides along the axis of `shift`."""
     window, covered = 2 * steps + 1, 1
-    # Doubling: a window of 2k rows is the AND of two windows of k rows.
+    # Doubling: a window of 2k pixels is the AND of two windows of k pixels.
     while covered < window:
-        shift = min(covered, window - covered)
-        padded = padded[:-shift] & padded[shift:]
-        covered += shift
-    return padded
+        step = min(covered, window - covered)
+        bits = bits & shift(bits, step)
+        covered += step
+    return shift(bits, -steps)  # the windows so far begin at their pixel; centre them
+
+
+def _shift_rows(bits: np.ndarray, step: int) -> np.ndarray:
+    """Row i becomes row i + step; zeros come in."""
+    out = np.zeros_like(bits)
+    if step >= 0:
+        out[: max(0, len(bits) - step)] = bits[step:]
+    else:
+        out[-step:] = bits[:step]
+    return out
+
+
+def _shift_bits(bits: np.ndarray, step: int) -> np.ndarray:
+    """Pixel i of every row becomes pixel i + step; zeros come in."""
+    whole, part = divmod(abs(step), 8)
+    width = bits.shape[1]
+    out = np.zeros_like(bits)
+    if whole >= width:
+        return out
+    if step >= 0:
+        out[:, : width - whole] = bits[:, whole:] << part
+        if part:
+            out[:, : width - whole - 1] |= bits[:, whole + 1 :] >> (8 - part)
+    else:
+        out[:, whole:] = bits[:, : width - whole] >> part
+        if part:
+            out[:, whole + 1 :] |= bits[:, : width - whole - 1] << (8 - part)
+    return out
 
 
 class _Boundary:
     """Bit-packed boundary of a mask within its bounding box."""
 
     def __init__(self, mask: RLE, steps: int) -> None:
-        full = rle.decode(mask)
-        columns = np.flatnonzero(full.any(0))
-        rows = np.flatnonzero(full.any(1))
+        x, y, width, height = (int(v) for v in rle.boxes([mask])[0])
         # Packed along the height from a multiple of 8, so that two crops can be laid over each other bytewise.
-        self.top = int(rows[0]) // 8 * 8
-        self.left = int(columns[0])
-        crop = full[self.top : int(rows[-1]) + 1, self.left : int(columns[-1]) + 1]
-        self.bits = np.packbits((crop & ~erode(crop, steps)).T, axis=1)  # (width, height / 8)
+        self.left, self.top = x, y // 8 * 8
+        crop = rle.decode(mask).T[x : x + width, self.top : y + height]  # decoded masks are column-major
+        bits = np.packbits(crop, axis=1)
+        self.bits = bits & ~_erode_packed(bits, steps)
         self.area = int(np.bitwise_count(self.bits).sum())
 
     def shared(self, other: "_Boundary") -> int:
