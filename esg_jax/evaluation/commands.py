@@ -19,6 +19,7 @@ class Metric:
     columns: tuple[str, ...]  # of the markdown row
     options: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = ()
     many: bool = False  # several prediction files, one per host
+    pred: bool = True  # False: looks at the ground truth alone
 
 
 def _option(*names: str, **kwargs: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -132,6 +133,12 @@ METRICS: dict[str, Metric] = {
         lambda a: tasks.consistency(a.gt, a.pred, workers=a.workers),
         ("mAP", "ACC"),
     ),
+    "statistics": Metric(
+        "statistics of annotations: resolution, entities per image, covered area, shape (COCO JSON)",
+        lambda a: tasks.statistics(a.gt, workers=a.workers),
+        ("ImageRes", "EntityNum", "EntityNumMax", "Convexity", "Simplicity", "ValidArea"),
+        pred=False,
+    ),
     "jf": Metric(
         "video object segmentation: J, F, J&F; YouTube-VOS G (folders SEQUENCE/FRAME.png)",
         lambda a: tasks_video.video_object_segmentation(
@@ -177,12 +184,13 @@ def add_parsers(subparsers: Any) -> None:
     for name, metric in METRICS.items():
         sub = names.add_parser(name, help=metric.help, description=metric.help)
         sub.add_argument("--gt", required=True, help="ground truth, file or folder in the official format")
-        sub.add_argument(
-            "--pred",
-            required=True,
-            nargs="+" if metric.many else None,
-            help="predictions in the official format" + ("; one or more files" if metric.many else ""),
-        )
+        if metric.pred:
+            sub.add_argument(
+                "--pred",
+                required=True,
+                nargs="+" if metric.many else None,
+                help="predictions in the official format" + ("; one or more files" if metric.many else ""),
+            )
         for flags, kwargs in metric.options:
             sub.add_argument(*flags, **kwargs)
         sub.add_argument("--workers", type=int, default=1, help="processes (default: 1)")

@@ -104,6 +104,11 @@ def areas(rles: Sequence[RLE]) -> Float[np.ndarray, "n"]:
     return np.asarray(coco_mask.area(list(rles)), np.float64) if len(rles) else np.zeros(0)
 
 
+def union(rles: Sequence[RLE]) -> RLE:
+    """Mask of all foreground together."""
+    return coco_mask.merge(list(rles), intersect=False)
+
+
 def boxes(rles: Sequence[RLE]) -> Float[np.ndarray, "n 4"]:
     """Tight boxes (x, y, width, height) in pixels; zeros for an empty mask."""
     return np.asarray(coco_mask.toBbox(list(rles)), np.float64) if len(rles) else np.zeros((0, 4))

@@ -19,6 +19,7 @@ from esg_jax.evaluation.lvis import LvisAP
 from esg_jax.evaluation.panoptic import PanopticQuality
 from esg_jax.evaluation.rle import EvaluationError
 from esg_jax.evaluation.semantic import SemanticIoU
+from esg_jax.evaluation.statistics import AnnotationStatistics
 
 Paths = str | Path | Sequence[str | Path]
 
@@ -53,6 +54,17 @@ def coco_ap(
         kind, class_agnostic=class_agnostic, categories=annotations.category_ids() or None, box_areas=box_areas
     )
     return _instances(metric, annotations, pred, workers, f"{kind} AP")
+
+
+def statistics(gt: str | Path, *, workers: int = 1) -> AnnotationStatistics:
+    """Statistics of a COCO ground-truth file."""
+    annotations = formats.CocoAnnotations.load(gt)
+    items = []
+    for uid in annotations.units:
+        if annotations.size(uid) is None:
+            raise EvaluationError(f"{gt}: image {uid} has no height and width")
+        items.append((uid, annotations.annotations[uid], annotations.size(uid)))
+    return accumulate(AnnotationStatistics(), items, add_instances, workers=workers, description="statistics")
 
 
 def consistency(gt: str | Path, pred: str | Path, *, workers: int = 1) -> AnnotatorConsistency:
