@@ -64,8 +64,8 @@ def measure(
     rows: list[tuple[float, float, int, float]] = []
     counts = []
     for image, layers in samples:
-        size = transforms.shortest_edge_size(*image.shape[:2], LONG_SIDE, LONG_SIDE)
         height, width = image.shape[:2]
+        size = transforms.shortest_edge_size(height, width, LONG_SIDE, LONG_SIDE)
         view = transforms.View((0, 0, width, height), size)
         before = len(rows)
         segments = _superpixels(transforms.view_image(image, view)) if floor else None
@@ -99,7 +99,11 @@ def _superpixels(image: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m data.scenes.statistics", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m data.scenes.statistics",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--annotations", required=True, help="COCO JSON with entity masks")
     parser.add_argument("--images", default="", help="folder of the images; default: the folder of the JSON")
     parser.add_argument("--limit", type=int, default=0, help="measure only the first images; 0 means all")

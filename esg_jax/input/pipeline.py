@@ -150,7 +150,7 @@ def train_dataset(config: DataConfig, process_index: int = 0, process_count: int
         raise ValueError("every source of data.sources has weight 0")
     batches, weights = [], []
     for bucket in sorted(streams):
-        mixed = _mix(*zip(*streams[bucket], strict=True))
+        mixed = _mix([stream for stream, _ in streams[bucket]], [weight for _, weight in streams[bucket]])
         batches.append(mixed.batch(config.batch_size // process_count, drop_remainder=True))
         weights.append(sum(weight for _, weight in streams[bucket]))
     return _mix(batches, weights)
@@ -222,8 +222,8 @@ def _mapper(config: DataConfig, bucket: int):
     )
 
 
-def _mix(datasets, weights) -> grain.MapDataset:
-    return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(list(datasets), list(weights))
+def _mix(datasets: list[grain.MapDataset], weights: list[float]) -> grain.MapDataset:
+    return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
 
 
 def _seed(*parts: int) -> int:

@@ -143,53 +143,59 @@ class CocoInstances:
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelMapRecord(Record):
-    """Annotations in a PNG: segment ids coded as R + 256 G + 65536 B, or plain gray values."""
+class PanopticRecord(Record):
+    """Segments in a PNG with ids coded as R + 256 G + 65536 B; id 0 is unlabelled."""
 
     mask_file: Path
-    segment_ids: np.ndarray | None  # None: every gray value below `ignore` is a class
-    labels: np.ndarray | None
-    crowd: np.ndarray | None
-    ignore: int = 255
+    segment_ids: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
 
     def load_entities(self) -> Entities:
-        ids_hw = self._segment_map()
-        if self.segment_ids is None:
-            segment_ids = np.unique(ids_hw)
-            segment_ids = segment_ids[segment_ids != self.ignore]
-            labels, crowd = segment_ids.astype(np.int32), np.zeros(len(segment_ids), bool)
-        else:
-            segment_ids, labels, crowd = self.segment_ids, self.labels, self.crowd
-        order = np.argsort(segment_ids)
-        table = segment_ids[order]
-        place = np.minimum(np.searchsorted(table, ids_hw), max(len(table) - 1, 0))
-        known = table[place] == ids_hw if len(table) else np.zeros(ids_hw.shape, bool)
-        void = 0 if self.segment_ids is not None else self.ignore
-        if not (known | (ids_hw == void)).all():
-            unknown = int(ids_hw[~known & (ids_hw != void)][0])
-            raise ValueError(f"{self.mask_file}: segment id {unknown} is in the PNG but not in 'segments_info'")
-        dtype = np.uint8 if len(table) < 255 else np.int32
-        values = np.append((order + 1).astype(dtype), dtype(0))
-        layer = values[np.where(known, place, len(table))]
-        if self.segment_ids is not None:
-            counts = np.bincount(layer.ravel(), minlength=len(table) + 1)[1:]
-            if (counts == 0).any():
-                missing = int(segment_ids[np.flatnonzero(counts == 0)[0]])
-                raise ValueError(f"{self.mask_file}: no pixel has segment id {missing} of 'segments_info'")
-        return Entities([layer] if len(table) else [], labels, crowd, tuple(segment_ids.tolist()))
+        rgb = image_io.load_image(self.mask_file).astype(np.int64)
+        ids_hw = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+        _check_map_size(self, self.mask_file, ids_hw)
+        layer = _rank_map(ids_hw, self.segment_ids)
+        unknown = ids_hw[(layer == 0) & (ids_hw != 0)]
+        if unknown.size:
+            raise ValueError(f"{self.mask_file}: segment id {unknown[0]} is in the PNG but not in 'segments_info'")
+        counts = np.bincount(layer.ravel(), minlength=len(self.segment_ids) + 1)[1:]
+        if (counts == 0).any():
+            missing = self.segment_ids[np.flatnonzero(counts == 0)[0]]
+            raise ValueError(f"{self.mask_file}: no pixel has segment id {missing} of 'segments_info'")
+        return Entities([layer], self.labels, self.crowd, tuple(self.segment_ids.tolist()))
 
-    def _segment_map(self) -> np.ndarray:
-        if self.segment_ids is None:
-            pixels = image_io.load_label_map(self.mask_file)
-        else:
-            rgb = image_io.load_image(self.mask_file).astype(np.int64)
-            pixels = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
-        if pixels.shape != (self.height, self.width):
-            raise ValueError(
-                f"label map {self.mask_file} is {pixels.shape[0]}x{pixels.shape[1]} pixels, "
-                f"image {self.name} is {self.height}x{self.width} (height x width)"
-            )
-        return pixels
+
+@dataclasses.dataclass(frozen=True)
+class SemanticRecord(Record):
+    """Classes as gray values of a PNG; 255 is unlabelled."""
+
+    mask_file: Path
+
+    def load_entities(self) -> Entities:
+        values_hw = image_io.load_label_map(self.mask_file)
+        _check_map_size(self, self.mask_file, values_hw)
+        classes = np.unique(values_hw)
+        classes = classes[classes != 255]
+        layer = _rank_map(values_hw, classes)
+        return Entities([layer], classes.astype(np.int32), np.zeros(len(classes), bool), tuple(classes.tolist()))
+
+
+def _check_map_size(record: Record, file: Path, map_hw: np.ndarray) -> None:
+    if map_hw.shape != (record.height, record.width):
+        raise ValueError(
+            f"label map {file} is {map_hw.shape[0]}x{map_hw.shape[1]} pixels, "
+            f"image {record.name} is {record.height}x{record.width} (height x width)"
+        )
+
+
+def _rank_map(ids_hw: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """k + 1 where the map holds ids[k], 0 where it holds none of them."""
+    order = np.argsort(ids)
+    table = np.append(ids[order], -1)  # never matches, and gives every insertion point an entry
+    place = np.searchsorted(table[:-1], ids_hw)
+    ranks = np.append(order + 1, 0).astype(np.uint8 if len(ids) < 255 else np.int32)
+    return np.where(table[place] == ids_hw, ranks[place], ranks.dtype.type(0))
 
 
 @register_reader("coco_panoptic")
@@ -215,6 +221,8 @@ class CocoPanoptic:
                     f"{self.file}: annotation {annotation.get('file_name')} belongs to image id "
                     f"{annotation.get('image_id')}, which 'images' does not list"
                 )
+            if not isinstance(annotation.get("segments_info"), list):
+                raise ValueError(f"{self.file}: annotation {annotation.get('file_name')} has no list 'segments_info'")
             segments = annotation["segments_info"]
             for segment in segments:
                 if segment["category_id"] not in label_of:
@@ -232,13 +240,12 @@ class CocoPanoptic:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __getitem__(self, index: int) -> LabelMapRecord:
+    def __getitem__(self, index: int) -> PanopticRecord:
         image_id, mask_name, ids, labels, crowd = self._entries[index]
         image = self._images[image_id]
         name = image["file_name"]
-        return LabelMapRecord(
-            self._folder / name, name, image_id, *_size(image), self._masks / mask_name, ids, labels, crowd
-        )
+        path, mask = self._folder / name, self._masks / mask_name
+        return PanopticRecord(path, name, image_id, *_size(image), mask, ids, labels, crowd)
 
     def __repr__(self) -> str:
         return f"CocoPanoptic({self.file}, {len(self)} images)"
@@ -275,10 +282,10 @@ class SemanticMaps:
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, index: int) -> LabelMapRecord:
+    def __getitem__(self, index: int) -> SemanticRecord:
         image, mask = self._names[index]
         height, width = (int(side) for side in self.sizes[index])
-        return LabelMapRecord(self._folder / image, image, image, height, width, self._masks / mask, None, None, None)
+        return SemanticRecord(self._folder / image, image, image, height, width, self._masks / mask)
 
     def __repr__(self) -> str:
         return f"SemanticMaps({self.file}, {len(self)} images)"

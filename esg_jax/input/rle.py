@@ -165,7 +165,12 @@ def _greedy_layer(runs, pending):
             continue
         value = np.full(len(start), index + 1)
         order = np.argsort(np.concatenate([layer[0], start]), kind="stable")
-        layer = tuple(np.concatenate(pair)[order] for pair in zip(layer, (start, end, value), strict=True))
+        old_start, old_end, old_value = layer
+        layer = (
+            np.concatenate([old_start, start])[order],
+            np.concatenate([old_end, end])[order],
+            np.concatenate([old_value, value])[order],
+        )
     return layer, rest
 
 

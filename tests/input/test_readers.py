@@ -156,6 +156,12 @@ def test_panoptic_ids_must_agree(panoptic, ids, message):
         open_source(panoptic(ids))[0].load_entities()
 
 
+def test_instance_json_given_to_the_panoptic_reader(coco, tmp_path):
+    config = coco()
+    with pytest.raises(ValueError, match="has no list 'segments_info'"):
+        open_source(SourceConfig("coco_panoptic", config.annotations, masks=str(tmp_path)))
+
+
 def test_panoptic_png_of_another_size(panoptic, tmp_path):
     source = open_source(panoptic())
     Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / "panoptic" / "a.png")
