@@ -1,9 +1,9 @@
 """The model that ships as the demo checkpoint; argument: a folder of procedural scenes.
 
-    python -m data.scenes --out runs/scenes --count 2000
+    python -m data.scenes --out runs/scenes --count 500 --long-side 800 1100
     python train.py --config=configs/demo.py:runs/scenes --workdir=runs/demo
 
-The quickstart's model, larger views, longer. Every picture the scenes are made of may be redistributed
+The quickstart's model and views, trained for longer. Every picture the scenes are made of may be redistributed
 (data/scenes/README.md).
 """
 
@@ -21,17 +21,17 @@ def get_config(scenes: str = "runs/scenes"):
             model=CropFormerConfig.mobilenet_v2(),
             data=common.crop_data(
                 common.scenes(scenes),
-                short_edges=(208, 224, 240, 256, 272, 288),
-                max_size=384,
-                buckets=((288, 384), (384, 288)),
+                short_edges=(160, 168, 176, 184, 192),
+                max_size=256,
+                buckets=((192, 256), (256, 192)),
                 max_entities=40,
                 batch_size=4,
             ),
-            loss=LossConfig(num_points=1536),
-            optim=OptimConfig(learning_rate=5e-4, warmup_steps=200),
-            loop=LoopConfig(total_steps=10_000, log_every=50, save_every=250),
+            loss=LossConfig(num_points=1024, shared_points=True),
+            optim=OptimConfig(learning_rate=6e-4, warmup_steps=50),
+            loop=LoopConfig(total_steps=1000, log_every=20, save_every=100),
             precision="float32",
-            ema_decay=0.999,
+            ema_decay=0.995,
             backbone_weights="imagenet",
         )
     )

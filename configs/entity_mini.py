@@ -2,7 +2,7 @@
 
     python train.py --config=configs/entity_mini.py:../shared/realdata --workdir=runs/entity_mini
 
-MobileNetV2 with ImageNet weights, 128 channels, 50 queries, views of at most 384 pixels: made for CPUs.
+MobileNetV2 with ImageNet weights, 128 channels, 50 queries, views of at most 256 pixels: made for CPUs.
 """
 
 from configs import common
@@ -20,17 +20,17 @@ def get_config(root: str = "../shared/realdata"):
             model=CropFormerConfig.mobilenet_v2(),
             data=common.crop_data(
                 {"entity_mini": source},
-                short_edges=(224, 240, 256, 272, 288),
-                max_size=384,
-                buckets=((288, 384), (384, 288)),
-                max_entities=50,
+                short_edges=(160, 168, 176, 184, 192),
+                max_size=256,
+                buckets=((192, 256), (256, 192)),
+                max_entities=40,
                 batch_size=4,
             ),
-            loss=LossConfig(num_points=1536),
-            optim=OptimConfig(learning_rate=5e-4, warmup_steps=100),
-            loop=LoopConfig(total_steps=4000, log_every=20, save_every=200),
+            loss=LossConfig(num_points=1024, shared_points=True),
+            optim=OptimConfig(learning_rate=6e-4, warmup_steps=50),
+            loop=LoopConfig(total_steps=800, log_every=20, save_every=100),
             precision="float32",
-            ema_decay=0.998,
+            ema_decay=0.995,
             backbone_weights="imagenet",
         )
     )
