@@ -5,9 +5,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-# Stands for a cost that is not a number: larger than any real one, small enough to keep float32 exact elsewhere.
-_WORST = 1e4
-
 
 def match(
     cost_mqn: Float[Array, "m q n"], present_mn: Bool[Array, "m n"]
@@ -19,7 +16,7 @@ def match(
     matched.
 
     Args:
-        cost_mqn: finite costs; others count as very bad.
+        cost_mqn: costs; those that are not finite count as worse than any sum of others.
         present_mn: which target slots hold a target.
 
     Returns:
@@ -29,16 +26,21 @@ def match(
     _, queries, targets = cost_mqn.shape
     if targets == 0:
         return jnp.zeros((len(cost_mqn), 0), jnp.int32), jnp.zeros((len(cost_mqn), 0), bool)
-    cost = jnp.nan_to_num(cost_mqn.astype(jnp.float32), nan=_WORST, posinf=_WORST, neginf=-_WORST)
-    # A square problem has as many dummy queries as it lacks; they must stay dearer for real targets than real queries.
+    cost = jnp.where(present_mn[:, None, :], cost_mqn.astype(jnp.float32), 0.0)
+    finite = jnp.isfinite(cost)
+    largest = jnp.max(jnp.where(finite, jnp.abs(cost), 0.0), axis=(1, 2), keepdims=True)
+    cost = jnp.where(finite, cost, 2 * targets * (largest + 1))
+    # A square problem has as many dummy queries as it lacks; they must be dearer for real targets than real queries,
+    # but not by much: large numbers cost digits of float32.
     if queries < targets:
-        padding = jnp.full((len(cost), targets - queries, targets), _WORST, jnp.float32)
-        cost = jnp.concatenate([cost, padding], axis=1)
-    cost = jnp.where(present_mn[:, None, :], cost, 0.0)
+        dearer = jnp.max(cost, axis=(1, 2), keepdims=True) + 1
+        padding = jnp.broadcast_to(dearer, (len(cost), targets - queries, targets))
+        cost = jnp.concatenate([cost, jnp.where(present_mn[:, None, :], padding, 0.0)], axis=1)
 
     def solve(cost_qn):
-        rows, columns = optax.assignment.hungarian_algorithm(cost_qn)
-        return jnp.zeros(targets, jnp.int32).at[columns].set(rows.astype(jnp.int32))
+        # Targets as rows: they are assigned one after the other, as SciPy does, so that ties fall the same way.
+        target, query = optax.assignment.hungarian_algorithm(cost_qn.T)
+        return jnp.zeros(targets, jnp.int32).at[target].set(query.astype(jnp.int32))
 
     query = jax.vmap(solve)(jax.lax.stop_gradient(cost))
     matched = present_mn & (query < queries)
