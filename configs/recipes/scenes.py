@@ -1,7 +1,7 @@
 """AP^e on procedural scenes; argument: the folder that `python -m data.scenes` wrote.
 
-    python -m data.scenes --out runs/scenes_val --count 16 --seed 1
-    python eval.py --config=configs/recipes/scenes.py:runs/scenes_val --workdir=runs/demo
+python -m data.scenes --out runs/scenes_val --count 16 --seed 1
+python eval.py --config=configs/recipes/scenes.py:runs/scenes_val --workdir=runs/demo
 """
 
 from ml_collections import ConfigDict

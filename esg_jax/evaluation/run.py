@@ -39,10 +39,16 @@ def images_of(config: EvalConfig) -> list[tuple[Any, Path]]:
     else:
         units = formats.CocoAnnotations.load(config.annotations).units
         images = [
-            (uid, Path(config.images) / formats.field(unit, "file_name", f"{config.annotations}, image {uid}"))
+            (uid, Path(config.images) / _file_name(unit, f"{config.annotations}, image {uid}"))
             for uid, unit in units.items()
         ]
     return images[: config.max_images or None]
+
+
+def _file_name(image: dict[str, Any], where: str) -> str:
+    if "file_name" not in image and "coco_url" in image:  # LVIS names images of several COCO folders by URL
+        return "/".join(image["coco_url"].split("/")[-2:])
+    return formats.field(image, "file_name", where)
 
 
 def score(config: EvalConfig, files: Sequence[Path], *, workers: int = 1) -> dict[str, Any]:

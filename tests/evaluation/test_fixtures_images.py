@@ -1,13 +1,17 @@
 """Expected values of the official evaluators, read from files in their official formats."""
 
+import functools
 import json
 import math
 
 import numpy as np
 import pytest
 
-from esg_jax.evaluation import formats, tasks
+from esg_jax.evaluation import formats, hce, tasks
 from esg_jax.evaluation.average_precision import AveragePrecision, EntityAP
+from esg_jax.evaluation.consistency import AnnotatorConsistency
+from esg_jax.evaluation.dis import DichotomousMeasures
+from esg_jax.evaluation.lvis import LvisAP
 
 
 def fixture(shared, name):
@@ -177,3 +181,49 @@ def test_dichotomous_measures(shared):
     assert_close(result, {f"{name}_per_image": per_image[name] for name in ("wF", "S", "MAE")})
     parts = [row[:4] for row in per_image["HCE_FPpts_FPind_FNpts_FNind_total"]]
     assert_close(result["HCE_parts_per_image"], parts)
+    # pysodmetrics stretches the prediction before its threshold: another number for the same masks.
+    stretched = []
+    for _, gt, pred in tasks.paired_files(folder / "gt", folder / "pred"):
+        grey = formats.read_image(pred, "L").astype(float)
+        grey = (grey - grey.min()) / max(grey.max() - grey.min(), 1e-9)
+        stretched.append(sum(hce.correction_effort(grey > 0.5, formats.read_image(gt, "L") > 128)))
+    assert np.mean(stretched) == expected["HCE_pysodmetrics"]["hce"]
+
+
+def split_and_merge(whole, blank):
+    """The records of `whole` in two halves, merged: must give the same numbers."""
+    halves = [blank(), blank()]
+    for i, (key, record) in enumerate(reversed(whole._records.items())):
+        halves[i % 2]._store(key, record)
+    np.testing.assert_equal(halves[0].merge(halves[1]).result(), whole.result())
+
+
+def test_lvis_and_dis_halves_merge_to_the_whole(shared):
+    folder = shared("fixtures", "metrics", "lvis_ap")
+    for options in ({}, {"top_per_class": 40}):
+        whole = tasks.lvis_ap(folder / "gt.json", folder / "predictions_segm.json", **options)
+        categories = [{"id": c, "frequency": f} for c, f in whole.frequency.items()]
+        make = functools.partial(
+            LvisAP, categories, max_dets=whole.max_dets, top_per_class=options.get("top_per_class")
+        )
+        split_and_merge(whole, make)
+    folder = shared("fixtures", "metrics", "dis")
+    whole = tasks.dichotomous(folder / "gt", folder / "pred", correction_effort=False)
+    split_and_merge(whole, lambda: DichotomousMeasures(correction_effort=False))
+
+
+def test_consistency_of_annotators(shared):
+    """One file against itself: every mask and class agrees; tied scores count in file order."""
+    folder = shared("fixtures", "metrics", "coco_ap")
+    result = tasks.consistency(folder / "gt.json", folder / "gt.json").result()
+    annotations = json.loads((folder / "gt.json").read_text())["annotations"]
+    assert result["ACC"] == 1.0 and result["num_same_masks"] >= len(annotations)
+    # Against predictions with the scores removed, AP^e with all scores equal.
+    gt = formats.CocoAnnotations.load(folder / "gt.json")
+    pred = formats.load_results(folder / "predictions.json", gt.units)
+    equal, consistency = EntityAP(), AnnotatorConsistency()
+    for uid in gt.units:
+        plain = [{k: r[k] for k in ("segmentation", "category_id")} for r in pred[uid]]
+        equal.add(uid, [r | {"score": 1.0} for r in plain], gt.annotations[uid], gt.size(uid))
+        consistency.add(uid, plain, gt.annotations[uid], gt.size(uid))
+    assert consistency.result()["mAP"] == equal.result()["AP"] > 0.05

@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -243,6 +244,56 @@ def test_panoptic_input_is_checked():
         metric.add(7, (pred, pred_records[:-1] + [pred_records[-1] | {"category_id": 12}]), target)
     with pytest.raises(EvaluationError, match="image 7: prediction has"):
         metric.add(7, (pred[:-1], pred_records), target)
+
+
+@pytest.fixture
+def panoptic_files(tmp_path):
+    """Ground truth and prediction of two images in the official layout."""
+    for side in ("gt", "pred"):
+        (tmp_path / side).mkdir()
+        records = []
+        for i in range(2):
+            ids, segments = panoptic_image(i)[side == "gt"]
+            Image.fromarray(np.stack([ids, ids * 0, ids * 0], -1).astype(np.uint8)).save(tmp_path / side / f"{i}.png")
+            records.append({"image_id": i, "file_name": f"{i}.png", "segments_info": segments})
+        content = {"annotations": records, "images": [{"id": 0}, {"id": 1}]}
+        content["categories"] = [{"id": c, "isthing": 1} for c in (1, 2, 3)]
+        (tmp_path / f"{side}.json").write_text(json.dumps(content))
+    return tmp_path / "gt.json", tmp_path / "pred.json"
+
+
+@pytest.mark.parametrize(
+    "change_records, message",
+    [
+        (lambda r: r[:1], "image_id 1 has no prediction"),
+        (lambda r: r + [r[0]], "image_id 0 has two predictions"),
+        (lambda r: r + [r[0] | {"image_id": 7}], "image_id 7 .* is not in .*another split"),
+        (lambda r: [r[0] | {"file_name": "none.png"}, r[1]], "no such file: .*none.png"),
+    ],
+    ids=["missing", "twice", "other_split", "no_png"],
+)
+def test_bad_panoptic_files_are_refused(panoptic_files, change_records, message):
+    gt, pred = panoptic_files
+    assert tasks.panoptic_quality(gt, pred).result()["PQ"] > 0.1
+    content = json.loads(pred.read_text())
+    content["annotations"] = change_records(content["annotations"])
+    pred.write_text(json.dumps(content))
+    with pytest.raises(EvaluationError, match=message):
+        tasks.panoptic_quality(gt, pred)
+
+
+def test_folders_must_hold_the_same_names(tmp_path):
+    for side, names in (("gt", "ab"), ("pred", "bc")):
+        (tmp_path / side).mkdir()
+        for name in names:
+            Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / side / f"{name}.png")
+    with pytest.raises(EvaluationError, match="a.png has no prediction .1 missing, 1 unknown"):
+        tasks.semantic_iou(tmp_path / "gt", tmp_path / "pred", num_classes=2)
+    with pytest.raises(EvaluationError, match="no such folder"):
+        tasks.dichotomous(tmp_path / "gt", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(EvaluationError, match="holds no .png files"):
+        tasks.semantic_iou(tmp_path / "gt", tmp_path / "empty", num_classes=2)
 
 
 def test_semantic_input_is_checked():

@@ -1,0 +1,73 @@
+"""The evaluation sets that a model of this package is run on; the argument names one.
+
+    python eval.py --config=configs/recipes/sets.py:entityseg --checkpoint=cropformer_swin_t.safetensors --out=runs/ap_e
+    python eval.py --config=configs/recipes/sets.py:coco_panoptic --checkpoint=mask2former.safetensors --out=runs/pq
+
+Folders are those of the official downloads below `datasets/`; others: --config.annotations=... --config.images=...
+"""
+
+from ml_collections import ConfigDict
+
+from esg_jax.config import to_dict
+from esg_jax.evaluation.config import EvalConfig
+
+_ENTITYSEG = "datasets/entityseg"
+_LABELS = f"{_ENTITYSEG}/annotations"
+_COCO = "datasets/coco"
+_ADE = "datasets/ADEChallengeData2016"
+
+SETS = {
+    "entityseg_low": EvalConfig(
+        annotations=f"{_LABELS}/entity_segmentation/entityv2_010203_entity_val_lr.json",
+        images=f"{_ENTITYSEG}/images_lr",
+    ),
+    "entityseg": EvalConfig(
+        annotations=f"{_LABELS}/entity_segmentation/entityv2_010203_entity_val.json",
+        images=f"{_ENTITYSEG}/images",
+    ),
+    "entityseg_instance": EvalConfig(
+        task="instance",
+        annotations=f"{_LABELS}/instance_segmentation/entityv2_01_instances_val.json",
+        images=f"{_ENTITYSEG}/images/entity_01_11580",
+    ),
+    "entityseg_panoptic": EvalConfig(
+        task="panoptic",
+        annotations=f"{_LABELS}/panoptic_segmentation/entityv2_01_panoptic_val.json",
+        images=f"{_ENTITYSEG}/images/entity_01_11580",
+        masks=f"{_LABELS}/panoptic_segmentation/panoptic_maps_val",
+    ),
+    "entityseg_semantic": EvalConfig(
+        task="semantic",
+        annotations=f"{_LABELS}/semantic_segmentation/val.txt",
+        images=f"{_ENTITYSEG}/images_lr/entity_01_11580",
+        masks=f"{_LABELS}/semantic_segmentation/semantic_maps_val",
+        num_classes=150,
+    ),
+    "coco_instance": EvalConfig(
+        task="instance", annotations=f"{_COCO}/annotations/instances_val2017.json", images=f"{_COCO}/val2017"
+    ),
+    "coco_panoptic": EvalConfig(
+        task="panoptic", annotations=f"{_COCO}/annotations/panoptic_val2017.json", images=f"{_COCO}/val2017"
+    ),
+    "ade20k_panoptic": EvalConfig(
+        task="panoptic",
+        annotations=f"{_ADE}/ade20k_panoptic_val.json",
+        images=f"{_ADE}/images/validation",
+    ),
+    "ade20k_instance": EvalConfig(
+        task="instance", annotations=f"{_ADE}/ade20k_instance_val.json", images=f"{_ADE}/images/validation"
+    ),
+    # Annotations written as class-agnostic COCO instances.
+    "ade20k_entity": EvalConfig(annotations=f"{_ADE}/ade20k_entity_val.json", images=f"{_ADE}/images/validation"),
+    "uvo_frames": EvalConfig(annotations="datasets/uvo/UVO_frame_val.json", images="datasets/uvo/frames"),
+    "lvis": EvalConfig(annotations="datasets/lvis/lvis_v1_val.json", images=_COCO),
+    "ocid": EvalConfig(annotations="datasets/ocid/entities.json", images="datasets/ocid"),
+    "camo": EvalConfig(annotations="datasets/camo/entities.json", images="datasets/camo"),
+    "fss": EvalConfig(annotations="datasets/fss/entities.json", images="datasets/fss"),
+}
+
+
+def get_config(name: str = "entityseg"):
+    if name not in SETS:
+        raise ValueError(f"unknown set {name!r}; choose one of {', '.join(SETS)}")
+    return ConfigDict(to_dict(SETS[name]))
