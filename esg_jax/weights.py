@@ -36,14 +36,24 @@ def save_weights(path: str | Path, model: CropFormer, info: dict[str, Any] | Non
     for name, value in named_arrays(model).items():
         value = np.asarray(jax.device_get(value))
         arrays[name] = np.ascontiguousarray(value.astype(dtype) if value.dtype.kind == "f" else value)
-    metadata = {
-        "format": _FORMAT,
-        "config": json.dumps(to_dict(model.config)),
-        "info": json.dumps(info or {}),
-    }
+    metadata = file_metadata(model.config, info)
     temporary = Path(path).with_suffix(".partial")
     save_file(arrays, temporary, metadata)
     temporary.replace(path)
+
+
+def file_metadata(config: CropFormerConfig, info: dict[str, Any] | None = None) -> dict[str, str]:
+    """What a weights file stores beside the arrays."""
+    return {"format": _FORMAT, "config": json.dumps(to_dict(config)), "info": json.dumps(info or {})}
+
+
+def is_weights_file(path: str | Path) -> bool:
+    """Whether `path` is a file written by `save_weights`."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return (file.metadata() or {}).get("format") == _FORMAT
+    except (SafetensorError, OSError):
+        return False
 
 
 def read_info(path: str | Path) -> tuple[CropFormerConfig, dict[str, Any]]:

@@ -28,6 +28,7 @@ from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
 from esg_jax.models.backbones.resnet import ResNet, ResNetConfig
 from esg_jax.models.backbones.swin import Swin, SwinConfig
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
+from esg_jax.weights import file_metadata
 
 CONFIG_KEY = "esg_jax_config"
 _BACKBONES = {SwinConfig: Swin, ResNetConfig: ResNet, MobileNetV2Config: MobileNetV2}
@@ -73,9 +74,7 @@ def load_checkpoint(
         ConversionError: the checkpoint holds no whole model, or names or shapes do not fit.
     """
     reader = source if isinstance(source, CheckpointReader) else open_checkpoint(source)
-    found = detect(list(reader))
-    if not found.whole:
-        raise ConversionError(f"{reader.path} holds only a backbone ({found.name})")
+    found = _whole(reader)
     config = config or config_of(reader, found, num_heads)
 
     def create():
@@ -92,6 +91,44 @@ def load_checkpoint(
         report=report,
     )
     return load_into(model, _placed(arrays, shardings)), report
+
+
+def convert_to_file(
+    source: str | Path,
+    target: str | Path,
+    *,
+    config: CropFormerConfig | None = None,
+    num_heads: int | None = None,
+    allow_unused: str | None = None,
+    dtype=np.float32,
+) -> Report:
+    """Converts a PyTorch checkpoint to a weights file of ours, one tensor at a time.
+
+    Args:
+        source, config, num_heads, allow_unused: as for `load_checkpoint`.
+        target: the `.safetensors` file to write; it appears only when complete.
+        dtype: of the stored floating-point arrays.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConversionError: the checkpoint holds no whole model, or names or shapes do not fit.
+    """
+    reader = open_checkpoint(source)
+    found = _whole(reader)
+    config = config or config_of(reader, found, num_heads)
+    targets = targets_of(nnx.eval_shape(lambda: CropFormer(config, rngs=nnx.Rngs(0))))
+    report = Report()
+    arrays = stream_to_ours(reader, targets, found.table, allow_unused=allow_unused, report=report)
+    layout = {name: (x.shape, np.dtype(dtype)) for name, x in targets.items()}
+    write_safetensors(target, layout, arrays, file_metadata(config, {"source": Path(source).name}))
+    return report
+
+
+def _whole(reader: CheckpointReader) -> Format:
+    found = detect(list(reader))
+    if not found.whole:
+        raise ConversionError(f"{reader.path} holds only a backbone ({found.name})")
+    return found
 
 
 def _placed(arrays: Iterator[tuple[str, np.ndarray]], shardings: Mapping[str, Any] | None):
