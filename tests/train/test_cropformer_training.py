@@ -1,6 +1,14 @@
-"""Training of a whole, very small CropFormer on files: devices, accumulation, data, losses."""
+"""Training of a whole, very small CropFormer on files: losses, devices, resume, the command line."""
 
 import dataclasses
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,48 +16,46 @@ import pytest
 
 from configs import tiny
 from esg_jax.input.pipeline import train_iterator
+from esg_jax.train.checkpoint import Checkpointer
 from esg_jax.train.config import RunConfig
+from esg_jax.train.logging import MetricWriter
+from esg_jax.train.loop import LoopConfig, fit
 from esg_jax.train.sharding import make_mesh, put_batch
 
 pytestmark = pytest.mark.slow
+REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def run(tiny_data) -> RunConfig:
     config = RunConfig.from_dict(tiny.get_config(str(tiny_data)).to_dict())
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=8))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=4))
 
 
 @pytest.fixture(scope="module")
-def batches(run):
-    iterator = train_iterator(run.data)
-    found = [next(iterator) for _ in range(5)]
-    iterator.close()
-    return found
+def step(run):
+    """On one device; compiled once for all tests."""
+    return run.train_step(mesh=make_mesh(1, 1, 1, devices=jax.devices()[:1]))
 
 
-def train(run, batches, *, devices=1, model=1):
-    step = run.train_step(mesh=make_mesh(1, -1, model, devices=jax.devices()[:devices]))
-    state, history = step.init(), []
-    for batch in batches:
-        state, metrics = step(state, put_batch(batch, step.mesh))
+def train(step, run, num_steps=5):
+    state, history, batches = step.init(), [], train_iterator(run.data)
+    for _ in range(num_steps):
+        state, metrics = step(state, put_batch(next(batches), step.mesh))
         history.append({name: float(value) for name, value in metrics.items()})
+    batches.close()
     return state, history
 
 
 @pytest.fixture(scope="module")
-def one_device(run, batches):
-    return train(run, batches)
+def one_device(step, run):
+    return train(step, run)
 
 
 def test_every_term_is_there_and_adds_up(one_device):
     _, history = one_device
-    expected = {
-        f"loss_{term}{index}_{level}"
-        for term in ("ce", "mask", "dice")
-        for index in ("_0", "")
-        for level in ("2d", "3d")
-    }
+    kinds = itertools.product(("ce", "mask", "dice"), ("_0", ""), ("2d", "3d"))
+    expected = {f"loss_{term}{index}_{level}" for term, index, level in kinds}
     terms = {name for name in history[0] if name.startswith("loss_")}
     assert terms == expected
     for metrics in history:
@@ -57,23 +63,97 @@ def test_every_term_is_there_and_adds_up(one_device):
         assert metrics["bad_steps"] == 0
 
 
-def test_eight_devices_equal_one(run, batches, one_device):
+def test_eight_devices_equal_one(run, one_device):
     """Weights split over 4 x 2 devices, drop path on: the losses of five steps differ by rounding only."""
-    state_8, history_8 = train(run, batches, devices=8, model=2)
-    specs = {str(value.sharding.spec) for value in state_8.params.values()}
-    assert "PartitionSpec('fsdp', 'model')" in specs and "PartitionSpec('model', 'fsdp')" in specs
-    for name in ("loss", "loss_ce_2d", "loss_mask_3d", "loss_dice_0_3d"):
-        ours = [metrics[name] for metrics in history_8]
-        np.testing.assert_allclose(ours, [metrics[name] for metrics in one_device[1]], rtol=1e-5, atol=1e-5)
+    step_8 = run.train_step(mesh=make_mesh(1, 4, 2))
+    state_8, history_8 = train(step_8, run)
+    specs = {tuple(value.sharding.spec) for value in state_8.params.values()}
+    assert {("fsdp", "model"), ("model", "fsdp")} <= specs
+    for name in one_device[1][0]:
+        if name.startswith("loss"):
+            ours = [metrics[name] for metrics in history_8]
+            expected = [metrics[name] for metrics in one_device[1]]
+            np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-def test_accumulation_equals_the_big_batch(run, batches):
-    """Without drop path, whose random numbers are drawn per micro-batch."""
-    backbone = dataclasses.replace(run.model.backbone, drop_path_rate=0.0)
-    still = dataclasses.replace(run, model=dataclasses.replace(run.model, backbone=backbone))
-    big, history_big = train(still, batches[:2])
-    small, history_small = train(dataclasses.replace(still, accumulate=2), batches[:2])
-    for name, value in history_big[0].items():
-        np.testing.assert_allclose(history_small[0][name], value, rtol=1e-5, atol=1e-5, err_msg=name)
-    np.testing.assert_allclose(history_small[1]["loss"], history_big[1]["loss"], rtol=1e-4)
-    assert int(small.step) == int(big.step) == 2
+@pytest.mark.parametrize("kill_before", [2, 7])
+def test_resume_is_exact(step, run, one_device, tmp_path, kill_before):
+    """With the real input pipeline: a run that died before some step repeats no batch and loses none."""
+
+    class Killed(Exception):
+        pass
+
+    def until(batches, limit):
+        for number in itertools.count(1):
+            if number == limit:
+                raise Killed
+            yield next(batches)
+
+    def attempt(limit):
+        checkpointer = Checkpointer(tmp_path, config=run.as_dict())
+        batches = train_iterator(run.data)
+        fresh = checkpointer.latest_step is None
+        state = step.init() if fresh else checkpointer.restore(step.abstract_state, batches)
+        saver = _SaveIterator(checkpointer, batches)
+        writer = MetricWriter(tmp_path)
+        try:
+            config = LoopConfig(total_steps=8, log_every=1, save_every=3)
+            return fit(state, step, until(batches, limit), config, writer=writer, checkpointer=saver)
+        finally:
+            writer.close()
+            checkpointer.close()
+            batches.close()
+
+    with pytest.raises(Killed):
+        attempt(kill_before)
+    state = attempt(None)
+    whole, history = train(step, run, 8)
+    logged = _losses(tmp_path)
+    assert [logged[number] for number in range(1, 9)] == [metrics["loss"] for metrics in history]
+    jax.tree.map(np.testing.assert_array_equal, state, whole)
+
+
+@dataclasses.dataclass
+class _SaveIterator:
+    """Saves the Grain iterator, which a generator hides from the loop."""
+
+    checkpointer: Checkpointer
+    batches: object
+
+    def save(self, state, _):
+        self.checkpointer.save(state, self.batches)
+
+
+def _losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def test_command_line_survives_a_kill(tiny_data, tmp_path):
+    """SIGKILL in the middle of train.py; the same command goes on and repeats the steps since the last save."""
+    command = [sys.executable, "train.py", f"--config=configs/tiny.py:{tiny_data}", f"--workdir={tmp_path}/run"]
+    command.append("--config.loop.total_steps=14")
+    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/cache", "XLA_FLAGS": ""}
+    log = tmp_path / "run" / "metrics.jsonl"
+    with subprocess.Popen(command, cwd=REPO, env=env, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 7):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, check=True)
+    assert "resumed at step" in done.stdout and "step 14 of 14; weights in" in done.stdout
+    twice = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+    by_step: dict[int, set] = {}
+    for line in twice:
+        by_step.setdefault(line["step"], set()).add((line["loss"], line["grad_norm"]))
+    assert sorted(by_step) == list(range(1, 15)) and len(twice) > 14
+    assert all(len(values) == 1 for values in by_step.values())
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_command_line_refuses_nonsense(tiny_data, tmp_path):
+    command = [sys.executable, "train.py", f"--config=configs/tiny.py:{tiny_data}", f"--workdir={tmp_path}"]
+    result = subprocess.run([*command, "--config.optim.lr=1"], cwd=REPO, capture_output=True, text=True)
+    assert result.returncode and "lr" in result.stderr
+    result = subprocess.run([*command, "--config.precision=float8"], cwd=REPO, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.strip().endswith("error: config.precision is 'float8'; choose bfloat16 or float32")

@@ -51,6 +51,11 @@ def swin(request):
     return ModelDef(lambda: CropFormer(config, rngs=nnx.Rngs(0)))
 
 
+def test_number_of_parameters_is_the_references(swin):
+    millions = sum(value.size for value in swin.params.values()) / 1e6
+    assert any(abs(millions - expected) < 0.006 for expected in (48.98, 216.83))
+
+
 def test_no_decay_is_the_reference_set(swin):
     mask = decay_mask(swin.params, OptimConfig())
     assert {re.sub(r"\d+", "#", name) for name, decays in mask.items() if not decays} == NO_DECAY

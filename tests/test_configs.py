@@ -1,0 +1,90 @@
+"""Every file in configs/ builds, has the reference's numbers, and says how to run it."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from esg_jax.train.config import RunConfig
+
+FOLDER = Path(__file__).resolve().parent.parent / "configs"
+PLAIN = ("cropformer_r50", "cropformer_swin_l", "cropformer_swin_t", "demo", "entity_mini", "quickstart", "tiny")
+MASK2FORMER = ("mask2former_entity", "mask2former_instance", "mask2former_panoptic", "mask2former_semantic")
+
+
+def load(name, *arguments):
+    module = importlib.import_module(f"configs.{name}")
+    return module, RunConfig.from_dict(module.get_config(*arguments).to_dict())
+
+
+@pytest.mark.parametrize("name", PLAIN + MASK2FORMER)
+def test_config_is_whole(name):
+    module, run = load(name)
+    assert f"train.py --config=configs/{name}.py" in module.__doc__
+    assert RunConfig.from_dict(run.as_dict()) == run
+
+
+@pytest.mark.parametrize("name", MASK2FORMER)
+@pytest.mark.parametrize("size", ["swin_t", "swin_l", "r50"])
+def test_sizes(name, size):
+    _, run = load(name, size)
+    classes = {"entity": 1, "instance": 206, "panoptic": 350, "semantic": 150}[name.split("_")[1]]
+    assert run.model.mask_decoder.num_classes == classes and run.model.association is None
+    if size == "swin_l":
+        assert run.model.backbone.window_size == (7 if classes == 1 else 12)
+        assert run.model.mask_decoder.num_queries == (200 if classes in (350, 150) else 100)
+
+
+def test_unknown_size_is_refused():
+    with pytest.raises(ValueError, match="unknown model size 'swin_b'; choose one of swin_t, swin_l, r50"):
+        load("mask2former_entity", "swin_b")
+
+
+def test_reference_schedules():
+    expected = {
+        "cropformer_swin_t": (16, 34_375),
+        "cropformer_swin_l": (8, 206_250),
+        "mask2former_entity": (16, 103_125),
+    }
+    for name, (batch, steps) in expected.items():
+        _, run = load(name)
+        assert (run.data.batch_size, run.loop.total_steps) == (batch, steps)
+        assert (run.optim.learning_rate, run.optim.schedule, run.optim.clip_norm) == (1e-4, "poly", 0.01)
+    assert load("mask2former_panoptic")[1].optim.learning_rate == 5e-4
+
+
+def test_no_config_is_forgotten():
+    found = {file.stem for file in FOLDER.glob("*.py")} - {"common", "finetune"}
+    assert found == set(PLAIN + MASK2FORMER)
+
+
+def test_unknown_key_is_named():
+    values = load("tiny")[1].as_dict()
+    values["model"]["mask_decoder"]["num_querys"] = 3
+    with pytest.raises(ValueError, match="unknown key config.model.mask_decoder.num_querys"):
+        RunConfig.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "float8"}, "config.precision is 'float8'"),
+        ({"data": {"mapper": "lsj"}}, "gives one view, but the model has an association"),
+        ({"model": {"association": None}}, "gives two views, but the model has no association"),
+        ({"model": {"mask_decoder": {"num_classes": 3}}}, "num_classes is 3, but data.class_agnostic"),
+        ({"optim": {"schedule": "cosine"}}, "optim.schedule is 'cosine'"),
+    ],
+)
+def test_contradictions_are_refused(changes, message):
+    values = load("tiny")[1].as_dict()
+
+    def merge(into, other):
+        for key, value in other.items():
+            if isinstance(value, dict):
+                merge(into[key], value)
+            else:
+                into[key] = value
+
+    merge(values, changes)
+    with pytest.raises(ValueError, match=message):
+        RunConfig.from_dict(values)
