@@ -1,5 +1,5 @@
 """Multi-scale deformable attention."""
 
-from esg_jax.ops.deform_attn.api import deform_attn
+from esg_jax.ops.deform_attn.api import available_implementations, deform_attn
 
-__all__ = ["deform_attn"]
+__all__ = ["available_implementations", "deform_attn"]

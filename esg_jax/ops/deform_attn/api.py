@@ -117,6 +117,15 @@ def _refusal(implementation, values, shapes, weights) -> str | None:
     return None
 
 
+def available_implementations() -> tuple[Implementation, ...]:
+    """Implementations that run natively on the default platform of this process."""
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    preferred = _PREFERRED.get(platform)
+    if preferred is None or (preferred == "cuda" and cuda.missing()):
+        return ("xla",)
+    return ("xla", preferred)
+
+
 def _check_implementation(implementation, values, shapes, weights):
     if implementation not in get_args(Implementation):
         known = ", ".join(map(repr, get_args(Implementation)))
