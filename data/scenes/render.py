@@ -106,7 +106,7 @@ def random_material(rng: np.random.Generator, middle: np.ndarray, second: np.nda
         texture,
         np.clip(palette, 0, 255).astype(np.uint8),
         _colour_matrix(rng),
-        zoom=float(np.exp(rng.uniform(np.log(0.8), np.log(8)))),
+        zoom=float(np.exp(rng.uniform(np.log(0.5), np.log(6)))),
         turn=int(rng.integers(2)),
     )
 
@@ -141,7 +141,7 @@ def render(rng: np.random.Generator, layout: Layout) -> np.ndarray:
             continue
         material = shared.get(item.group)
         # Sometimes the material of the thing before: only the outline tells the two apart.
-        if material is None and previous is not None and rng.random() < 0.35:
+        if material is None and previous is not None and rng.random() < 0.4:
             material = previous
         elif material is None:
             middle = _behind(picture, item) if rng.random() < 0.6 else _scene_colour(rng, colours)
@@ -180,7 +180,7 @@ def _background(rng, layout: Layout, colours, haze: Haze) -> Image.Image:
             material = random_material(rng, _scene_colour(rng, colours), _scene_colour(rng, colours), scenic=0.02)
             receding = layout.style in ("outdoor", "room") and box[3] >= height and rng.random() < 0.7
             surface = _receding(rng, material, size) if receding else material.paint(rng, size)
-            if rng.random() < 0.4:
+            if rng.random() < 0.5:
                 _decorate(rng, surface, colours)
             surface = _worn(rng, surface)
         surface = ImageChops.hard_light(surface, _slope(rng, size, rough=not sky))
@@ -259,13 +259,13 @@ def _folds(rng, shape: tuple[int, int]) -> np.ndarray | float:
 
 def _facets(rng, shape: tuple[int, int], smooth: float) -> np.ndarray | float:
     """Faces turned to or away from the light, around 0; often none."""
-    if rng.random() < 0.5:
+    if rng.random() < 0.3:
         return 0.0
     y, x = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j]
     shade = np.zeros(shape, np.float32)
     for _ in range(int(rng.integers(1, 4))):
         angle = rng.choice([0.0, np.pi / 2, rng.uniform(0, np.pi)]) + 0.15 * rng.standard_normal()
-        shade += rng.normal(0, 32) * (np.cos(angle) * x + np.sin(angle) * y > rng.uniform(-0.7, 0.7))
+        shade += rng.normal(0, 40) * (np.cos(angle) * x + np.sin(angle) * y > rng.uniform(-0.7, 0.7))
     return ndimage.gaussian_filter(shade - shade.mean(), smooth)
 
 
@@ -276,7 +276,7 @@ def _draw(rng, picture: Image.Image, item: Item, material: Material, colours, li
         _cast_shadow(rng, picture, item, light)
     surface = material.paint(rng, mask.size)
     if item.solid:
-        if rng.random() < 0.8:
+        if rng.random() < 0.95:
             _colour_parts(rng, surface, item.kind, colours)
         if rng.random() < 0.6:
             _decorate(rng, surface, colours)
@@ -325,8 +325,9 @@ _PARTS = {
 def _colour_parts(rng, surface: Image.Image, kind: str, colours) -> None:
     """Gives the parts of a thing their own colours: different colours do not make different entities."""
     width, height = surface.size
-    for top, bottom in _PARTS.get(kind, ((0.0, rng.uniform(0.2, 0.6)),)):
-        if rng.random() < 0.3:
+    cuts = np.sort(rng.random(2 * int(rng.integers(1, 4))))
+    for top, bottom in _PARTS.get(kind, tuple(zip(cuts[::2], cuts[1::2], strict=True))):
+        if rng.random() < 0.25:
             continue
         y0, y1 = (int((y + rng.normal(0, 0.02)) * height) for y in (top, bottom))
         y0, y1 = max(y0, 0), min(y1, height)
@@ -367,15 +368,25 @@ def _decorate(rng, surface: Image.Image, colours) -> None:
 
 
 def _worn(rng, surface: Image.Image) -> Image.Image:
-    """Stains, dapples and highlights at a larger scale than the material's own pattern; often none."""
+    """Stains, dapples and highlights larger than the material's own pattern, and fine grain over everything."""
     width, height = surface.size
-    if width * height < 2000 or rng.random() < 0.4:
-        return surface
-    kind = str(rng.choice(["rough", "marble", "cells", "leaves", "ridges", "speckle"]))
-    zoom = max(width, height) / rng.uniform(60, 400)
-    size = (int(np.ceil(height / zoom)), int(np.ceil(width / zoom)))
-    tile = textures.window(textures.pattern(kind, int(rng.integers(textures.VARIANTS))), *size, rng)
-    shade = _gray(128 + (tile.astype(np.float32) - tile.mean()) * rng.uniform(0.1, 0.5))
+    if width * height > 2000 and rng.random() < 0.6:
+        zoom = max(width, height) / rng.uniform(60, 400)
+        surface = _overlay(rng, surface, ("rough", "marble", "cells", "leaves", "ridges"), zoom, rng.uniform(0.15, 0.5))
+    if rng.random() < 0.85:
+        zoom = float(np.exp(rng.uniform(np.log(1.5), np.log(5))))
+        kinds = ("grain", "speckle", "strokes", "leaves", "weave", "brushed", "cells", "rough")
+        surface = _overlay(rng, surface, kinds, zoom, rng.uniform(0.1, 0.9))
+    return surface
+
+
+def _overlay(rng, surface: Image.Image, kinds: tuple[str, ...], zoom: float, strength: float) -> Image.Image:
+    """Lightens and darkens by a pattern at `zoom` output pixels per pattern pixel."""
+    size = (int(np.ceil(surface.height / zoom)), int(np.ceil(surface.width / zoom)))
+    pattern = textures.pattern(str(rng.choice(kinds)), int(rng.integers(textures.VARIANTS)))
+    # The table centres the pattern at the neutral 128.
+    table = np.clip(128 + (np.arange(256) - float(pattern.mean())) * strength, 0, 255).astype(np.uint8)
+    shade = Image.fromarray(table[textures.window(pattern, *size, rng)])
     return ImageChops.hard_light(surface, shade.resize(surface.size, BILINEAR).convert("RGB"))
 
 

@@ -70,8 +70,9 @@ def pattern(kind: str, variant: int) -> UInt8[np.ndarray, "tile tile"]:
 
 def window(texture: np.ndarray, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
     """(height, width) pixels at a random place; patterns continue periodically, photographs by mirroring."""
-    rows = _index(height, texture.shape[0], texture.ndim == 2, rng)
-    columns = _index(width, texture.shape[1], texture.ndim == 2, rng)
+    periodic = texture.shape == (TILE, TILE)
+    rows = _index(height, texture.shape[0], periodic, rng)
+    columns = _index(width, texture.shape[1], periodic, rng)
     return texture[rows][:, columns]
 
 

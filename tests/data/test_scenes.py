@@ -9,7 +9,7 @@ from data.scenes import SceneConfig, render_scene
 from data.scenes.dataset import write_scenes
 from data.scenes.layout import make_layout
 from data.scenes.statistics import measure
-from data.scenes.textures import PHOTOS, photo, window
+from data.scenes.textures import PHOTOS, TILE, photo, window
 from esg_jax.input.readers import SourceConfig, open_source
 
 SMALL = SceneConfig(long_side=(240, 300))
@@ -122,12 +122,13 @@ def test_writer_continues_and_extends(tmp_path):
         write_scenes(out, 3, seed=1, config=SMALL)
 
 
-def test_photographs_are_there_and_windows_continue_them():
+def test_windows_continue_patterns_and_photographs_without_a_seam():
     for name in PHOTOS:
-        assert photo(name).ndim == 3
-    gray = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    periodic = window(gray, 9, 8, np.random.default_rng(0))
-    np.testing.assert_array_equal(periodic[:3], periodic[3:6])
-    colour = np.repeat(gray[..., None], 3, -1)
-    mirrored = window(colour, 12, 4, np.random.default_rng(0))[..., 0].astype(int)
-    assert np.abs(np.diff(mirrored, axis=0)).max() <= 4  # no jump at a seam
+        pixels = photo(name)
+        assert pixels.ndim == 3 and pixels.shape[:2] != (TILE, TILE)
+    tile = np.add.outer(np.arange(TILE), np.zeros(TILE, int))
+    periodic = window(tile, 2 * TILE, 3, np.random.default_rng(0))
+    np.testing.assert_array_equal(periodic[:TILE], periodic[TILE:])
+    ramp = np.repeat(np.arange(12)[:, None, None], 3, axis=-1)
+    mirrored = window(ramp, 40, 1, np.random.default_rng(0))[:, 0, 0]
+    assert np.abs(np.diff(mirrored)).max() == 1
