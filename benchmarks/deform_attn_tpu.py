@@ -74,7 +74,8 @@ def kernel_bundles(folder):
             match = re.match(r"\s*(?:0x[0-9a-f]+|0)\s+(?:\w\w)?\s*: (>*) ?\{", line)
             if match:
                 depth[min(len(match[1]), 2)] += 1
-        kernels.append((depth[1], depth[2]))
+        if depth[2]:  # the program as a whole calls kernels, but has no loop of its own
+            kernels.append((depth[1], depth[2]))
     return kernels
 
 
