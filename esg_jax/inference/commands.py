@@ -43,7 +43,12 @@ def add_parsers(subparsers: Any) -> None:
     add = parser.add_argument
     add("path", metavar="IMAGE_OR_FOLDER", type=Path, help="an image file, or a folder of them (not searched deeper)")
     add("--out", metavar="DIR", type=Path, required=True, help="folder for the results; created when missing")
-    add("--checkpoint", metavar="FILE", type=Path, help="weights (.safetensors); default: the packaged demo weights")
+    add(
+        "--checkpoint",
+        metavar="FILE",
+        type=Path,
+        help="weights of ours or any PyTorch checkpoint that `esg convert` reads; default: the packaged demo weights",
+    )
     add("--formats", type=_formats, default=["overlay", "labels", "json"], metavar="LIST",
         help="comma-separated choice of overlay,labels,json,npz, or all (default: overlay,labels,json)")  # fmt: skip
     add("--threshold", type=float, default=0.5, metavar="S",

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import UInt8
 
+import esg_jax
 from esg_jax.inference import class_aware
 from esg_jax.inference.canvas import Canvas, make_canvas, power_of_two
 from esg_jax.inference.painting import paint
@@ -24,7 +25,7 @@ from esg_jax.input.image_io import ImageError, load_image
 from esg_jax.input.mappers import bucket_index
 from esg_jax.input.transforms import inference_view_list, inference_views, round_up
 from esg_jax.models.cropformer import CropFormer
-from esg_jax.weights import load_model, read_info
+from esg_jax.weights import is_weights_file, read_info
 
 ImageLike = str | Path | UInt8[np.ndarray, "h w 3"]
 
@@ -111,12 +112,13 @@ class Predictor:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path | None = None, *, dtype=jnp.float32, **options: Any) -> "Predictor":
-        """A predictor with saved weights; see `esg_jax.weights`.
+        """A predictor with saved weights.
 
-        `info["inference"]` of the file may hold defaults for `min_size`, `max_size` and `views`.
+        `info["inference"]` of weights of ours may hold defaults for `min_size`, `max_size` and `views`.
 
         Args:
-            path: a `.safetensors` file; None for the demo weights of the package.
+            path: anything `esg_jax.load` reads: weights of ours, or a PyTorch checkpoint in one of the formats of
+                `esg convert`. None for the demo weights of the package.
             dtype: of the computation; bfloat16 is faster on accelerators.
             options: of `Predictor`.
 
@@ -125,9 +127,9 @@ class Predictor:
             ValueError: not a usable checkpoint, or a wrong option.
         """
         path = Path(path) if path is not None else demo_checkpoint()
-        defaults = read_info(path)[1].get("inference", {})
+        defaults = read_info(path)[1].get("inference", {}) if is_weights_file(path) else {}
         given = {name: value for name, value in options.items() if value is not None}
-        return cls(load_model(path, dtype=dtype), **{**defaults, **given})
+        return cls(esg_jax.load(path, dtype=dtype), **{**defaults, **given})
 
     def __call__(self, image: ImageLike) -> EntityPrediction:
         """Entities of one image: a path, or RGB uint8 (h, w, 3).

@@ -12,9 +12,9 @@ from esg_jax.weights import save_weights
 
 TINY = CropFormerConfig(
     backbone=SwinConfig(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), window_size=4),
-    pixel_decoder=PixelDecoderConfig(conv_dim=32, mask_dim=32, num_layers=1, num_heads=2, ffn_dim=32),
-    mask_decoder=MaskDecoderConfig(hidden_dim=32, mask_dim=32, num_heads=2, ffn_dim=32, num_layers=1, num_queries=7),
-    association=AssociationConfig(num_heads=2, ffn_dim=32),
+    pixel_decoder=PixelDecoderConfig(conv_dim=32, mask_dim=32, num_layers=1, num_heads=8, ffn_dim=32),
+    mask_decoder=MaskDecoderConfig(hidden_dim=32, mask_dim=32, num_heads=8, ffn_dim=32, num_layers=1, num_queries=7),
+    association=AssociationConfig(num_heads=8, ffn_dim=32),
 )
 
 

@@ -106,10 +106,10 @@ def test_refuses_with_one_clear_message(tmp_path, tiny_checkpoint, folder, capfd
     assert "not found" in refused(capfd, tmp_path / "nowhere.jpg", *out)
     assert "no image in folder" in refused(capfd, empty, *out)
     image = folder / "a.png"
-    assert "no weights at" in refused(capfd, image, *out, "--checkpoint", tmp_path / "none.safetensors")
+    assert "no checkpoint at" in refused(capfd, image, *out, "--checkpoint", tmp_path / "none.safetensors")
     garbage = tmp_path / "garbage.safetensors"
     garbage.write_bytes(b"x" * 100)
-    assert "not a readable safetensors file" in refused(capfd, image, *out, "--checkpoint", garbage)
+    assert "is no checkpoint" in refused(capfd, image, *out, "--checkpoint", garbage)
     checkpoint = ("--checkpoint", tiny_checkpoint)
     assert "min_size" in refused(capfd, image, *out, *checkpoint, "--min-size", "5000")
     assert "multiples of 32" in refused(capfd, image, *out, *checkpoint, "--buckets", "100x100")

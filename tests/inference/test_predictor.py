@@ -5,6 +5,7 @@ from PIL import Image
 
 from esg_jax.inference import Predictor
 from esg_jax.input.image_io import ImageError
+from esg_jax.interop.checkpoints import save_checkpoint
 
 # One padded size for all tests: compilation is what takes their time.
 SIZES = dict(min_size=64, max_size=96, buckets=[(96, 96)])
@@ -129,3 +130,10 @@ def test_checkpoint_defaults_and_overrides(tiny_checkpoint, predictor):
     assert (loaded.min_size, loaded.max_size, loaded.views) == (64, 96, 5)
     np.testing.assert_array_equal(loaded(image).label_map, predictor(image).label_map)
     assert Predictor.from_checkpoint(tiny_checkpoint, views=1, min_size=32).min_size == 32
+
+
+def test_pytorch_checkpoint_predicts_the_same(tiny_model, predictor, tmp_path):
+    path = tmp_path / "reference.pth"
+    save_checkpoint(path, tiny_model, "reference")
+    image = photo(70, 100)
+    np.testing.assert_array_equal(Predictor.from_checkpoint(path, **SIZES)(image).label_map, predictor(image).label_map)
