@@ -1,11 +1,12 @@
 """Compiled inference as a file: StableHLO for several platforms, with the weights and golden outputs beside it.
 
-A folder holds ``program.bin`` (`jax.export`), ``weights.safetensors`` (arguments of the program, by name),
-``golden.npz`` (an input and the outputs it must give) and ``program.json`` (what goes in and comes out). Running it
-needs jax and safetensors, not this package; `docs/conversion.md` has the loader.
+A folder holds ``program.zip`` (one `jax.export` module per platform), ``weights.safetensors`` (arguments of the
+program, by name), ``golden.npz`` (an input and the outputs it must give) and ``program.json`` (what goes in and comes
+out). Running it needs jax and safetensors, not this package; `docs/conversion.md` has the loader.
 """
 
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from esg_jax.models.cropformer import CropFormer
 from esg_jax.weights import named_arrays
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-_FILES = ("program.bin", "weights.safetensors", "golden.npz", "program.json")
+_FILES = ("program.zip", "weights.safetensors", "golden.npz", "program.json")
 
 
 def export_program(
@@ -48,7 +49,7 @@ def export_program(
         height, width: padded size of the views in pixels, multiples of 32.
         views: T; by default 5 with view association, always 1 without.
         batch: B.
-        platforms: any of cpu, cuda, tpu; one file serves all of them.
+        platforms: any of cpu, cuda, tpu.
 
     Raises:
         ValueError: an unknown platform, a size that is no multiple of 32, or views of a model without association.
@@ -67,7 +68,11 @@ def export_program(
     abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
     image = jax.ShapeDtypeStruct((batch, views, height, width, 3), jnp.uint8)
     size = jax.ShapeDtypeStruct((batch, views, 2), jnp.int32)
-    exported = jax.export.export(jax.jit(run), platforms=tuple(platforms))(abstract, image, size)
+    # One module per platform: a common one would lower the TPU's Pallas kernels for CPUs as well, which JAX refuses.
+    modules = {
+        platform: jax.export.export(jax.jit(run), platforms=[platform])(abstract, image, size).serialize()
+        for platform in platforms
+    }
 
     golden = _golden_input(image.shape)
     outputs = jax.jit(run)(weights, golden["image"], golden["size"])
@@ -83,7 +88,9 @@ def export_program(
     folder.mkdir(parents=True, exist_ok=True)
     partial = {name: folder / f"{name}.partial" for name in _FILES}
     try:
-        partial["program.bin"].write_bytes(exported.serialize())
+        with zipfile.ZipFile(partial["program.zip"], "w", zipfile.ZIP_DEFLATED) as archive:
+            for platform, module in modules.items():
+                archive.writestr(platform, bytes(module))
         save_safetensors(weights, partial["weights.safetensors"])
         with partial["golden.npz"].open("wb") as file:
             np.savez_compressed(file, **golden, **{name: np.asarray(x) for name, x in outputs.items()})
@@ -136,14 +143,17 @@ def check_program(folder: str | Path) -> dict[str, float]:
     for name in _FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no exported program: {name} is missing")
+    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     try:
-        exported = jax.export.deserialize(bytearray((folder / "program.bin").read_bytes()))
+        with zipfile.ZipFile(folder / "program.zip") as archive:
+            platforms = archive.namelist()
+            module = archive.read(platform) if platform in platforms else None
         weights = load_file(folder / "weights.safetensors")
         golden = dict(np.load(folder / "golden.npz"))
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (zipfile.BadZipFile, SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{folder} holds a corrupt file: {error}") from error
-    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    if platform not in exported.platforms:
-        raise ValueError(f"{folder} was exported for {', '.join(exported.platforms)}, this machine is {platform}")
+    if module is None:
+        raise ValueError(f"{folder} was exported for {', '.join(platforms)}, this machine is {platform}")
+    exported = jax.export.deserialize(bytearray(module))
     outputs: dict[str, Any] = exported.call(weights, golden["image"], golden["size"])
     return {name: float(np.abs(np.asarray(x) - golden[name]).max()) for name, x in outputs.items()}
