@@ -7,10 +7,14 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 
-from esg_jax.ops.deform_attn import deform_attn, xla
+from esg_jax.ops.deform_attn import cuda, deform_attn, xla
 
-IMPLEMENTATIONS = ["xla", "pallas_tpu"]
-SLOW_INTERPRETED = ["xla", pytest.param("pallas_tpu", marks=pytest.mark.slow)]
+ON_GPU = jax.default_backend() == "gpu" and not cuda.missing()
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="needs a GPU and the built CUDA kernels")]
+)
+IMPLEMENTATIONS = ["xla", "pallas_tpu", CUDA]
+SLOW_INTERPRETED = ["xla", pytest.param("pallas_tpu", marks=pytest.mark.slow), CUDA]
 SHAPES = ((3, 5), (1, 1), (7, 4))
 
 
@@ -180,7 +184,8 @@ def test_transformations(implementation):
     split = [arg.reshape(2, 2, *arg.shape[1:]) for arg in args]
     vmapped = [grad.reshape(arg.shape) for grad, arg in zip(jax.jit(jax.vmap(gradient))(*split), args, strict=True)]
     remat = jax.jit(jax.grad(jax.checkpoint(loss), (0, 1, 2)))(*args)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    devices = jax.devices()[:4] if len(jax.devices()) >= 4 else jax.devices()[:1]
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
     spec = PartitionSpec("data")
     sharded = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=(spec,) * 3, out_specs=(spec,) * 3, check_vma=False))(
         *args
