@@ -1,4 +1,4 @@
-"""A CropFormer of 0.1 M parameters for trying things out and for tests; argument: a folder of procedural scenes.
+"""A CropFormer of 0.13 M parameters for trying things out and for tests; argument: a folder of procedural scenes.
 
     python -m data.scenes --out /tmp/scenes --count 8 --long-side 200 300
     python train.py --config=configs/tiny.py:/tmp/scenes --workdir=/tmp/tiny
