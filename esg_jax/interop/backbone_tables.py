@@ -172,7 +172,8 @@ RESNET_DETECTRON2 = Table(
         *_conv_norm("res{s+2}.{b}.shortcut", "res{s+2}.{b}.shortcut.norm", f"{_BLOCK}.shortcut"),
     ),
     renames=((r"^bottom_up\.", ""),),
-    dropped=(r"linear\.(weight|bias)", r"stem\.fc\.(weight|bias)"),
+    # Files converted from torchvision keep the classifier and the counters.
+    dropped=(r"linear\.(weight|bias)", r"stem\.fc\.(weight|bias)", r".*\.norm\.num_batches_tracked"),
 )
 RESNET_TORCHVISION = Table(
     rules=(

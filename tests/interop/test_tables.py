@@ -2,6 +2,7 @@
 
 import functools
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -9,11 +10,12 @@ from flax import nnx
 
 from esg_jax.interop import backbone_tables as tables
 from esg_jax.interop.checkpoints import load_checkpoint, save_checkpoint
-from esg_jax.interop.convert import ConversionError, from_ours, load_into, targets_of, to_ours
+from esg_jax.interop.convert import ConversionError, from_ours, load_into, stream_to_ours, targets_of, to_ours
 from esg_jax.interop.cropformer_tables import reference_table, transformers_table
 from esg_jax.interop.formats import detect, infer_config, our_shapes
 from esg_jax.interop.readers import load_torch_state, open_checkpoint, reader_of
-from esg_jax.interop.rules import fill, match
+from esg_jax.interop.rules import Table, fill, linear, match
+from esg_jax.interop.writers import write_pth, write_safetensors
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
 from esg_jax.models.backbones.resnet import ResNet, ResNetConfig
 from esg_jax.models.backbones.swin import Swin, SwinConfig
@@ -231,8 +233,6 @@ def test_old_spellings(old_spelling, rename):
 
 
 def test_cropformer_from_mask2former_needs_permission(old_spelling, tmp_path):
-    from esg_jax.interop.writers import write_pth
-
     ours, theirs = old_spelling
     write_pth(tmp_path / "m2f.pth", theirs.items(), {})
     with pytest.raises(ConversionError, match=r"nothing for our association.*--allow-missing"):
@@ -359,8 +359,6 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
 def test_bfloat16_checkpoint(state, tmp_path):
     import ml_dtypes
 
-    from esg_jax.interop.writers import write_safetensors
-
     ours, theirs = state
     layout = {
         name: (x.shape, np.dtype(ml_dtypes.bfloat16) if x.dtype == np.float32 else x.dtype)
@@ -371,3 +369,26 @@ def test_bfloat16_checkpoint(state, tmp_path):
     back, _ = to_ours(load_torch_state(tmp_path / "half.safetensors"), ours, TABLE)
     for key, value in ours.items():
         np.testing.assert_array_equal(value.astype(ml_dtypes.bfloat16).astype(np.float32), back[key], err_msg=key)
+
+
+class CountingState(dict):
+    """Makes a tensor of a mebibyte at each access."""
+
+    def __getitem__(self, name):
+        return np.ones((512, 512), np.float32)
+
+
+def test_streaming_holds_one_tensor_at_a_time(tmp_path):
+    names = [f"a.{index}.weight" for index in range(64)]
+    targets = {f"b.{index}.kernel": np.broadcast_to(np.float32(0), (512, 512)) for index in range(64)}
+    table = Table(rules=linear("a.{i}", "b.{i}", bias=False))
+    layout = {name: (x.shape, x.dtype) for name, x in targets.items()}
+    tracemalloc.start()
+    try:
+        arrays = stream_to_ours(CountingState.fromkeys(names), targets, table)
+        write_safetensors(tmp_path / "out.safetensors", layout, arrays)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "out.safetensors").stat().st_size > 64 * 2**20
+    assert peak < 6 * 2**20
