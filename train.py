@@ -16,9 +16,9 @@ from pathlib import Path
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
+from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from esg_jax import config as config_lib
 from esg_jax.input.pipeline import train_iterator
 from esg_jax.interop.convert import to_ours
 from esg_jax.interop.formats import detect
@@ -38,9 +38,9 @@ log = logging.getLogger("esg_jax")
 
 
 def main(_):
-    start_logging()
     if _MULTIHOST.value:
-        jax.distributed.initialize()
+        jax.distributed.initialize()  # before anything asks for devices
+    start_logging()
     use_compilation_cache()
     try:
         run(RunConfig.from_dict(_CONFIG.value.to_dict()), Path(_WORKDIR.value))
@@ -61,30 +61,35 @@ def run(config: RunConfig, workdir: Path) -> None:
     batches = train_iterator(config.data, jax.process_index(), jax.process_count())
 
     # State: newest checkpoint > init_from > pretrained backbone > random (see checkpoint.py for why in this order).
-    checkpointer = Checkpointer(workdir, config=config.as_dict(), keep=config.keep)
-    if checkpointer.latest_step is not None:
-        state = checkpointer.restore(step.abstract_state, batches)
-        log.info("resumed at step %d", int(state.step))
-    else:
-        state = step.init(initial_weights(config, {**step.model.params, **step.model.constants}))
-    if int(state.step) >= config.loop.total_steps:
-        log.info("this run is finished (%d steps); raise --config.loop.total_steps to go on", int(state.step))
-    else:
-        writer = MetricWriter(workdir, tensorboard=config.tensorboard)
-        try:
+    checkpointer = Checkpointer(workdir, config=config.as_dict(), keep=config.keep, complete=RunConfig.complete)
+    writer = MetricWriter(workdir, tensorboard=config.tensorboard)
+    total = config.loop.total_steps
+    try:
+        if checkpointer.latest_step is not None:
+            state = checkpointer.restore(step.abstract_state, batches)
+            log.info("resumed at step %d", int(state.step))
+        else:
+            state = step.init(initial_weights(config, {**step.model.params, **step.model.constants}))
+        if int(state.step) >= total:
+            log.info("this run is finished (%d steps); raise --config.loop.total_steps to go on", int(state.step))
+        else:
             state = fit(state, step, batches, config.loop, writer=writer, checkpointer=checkpointer)
-        finally:
-            writer.close()
-            checkpointer.close()
-            batches.close()
+    finally:
+        writer.close()
+        checkpointer.close()
+        batches.close()
 
     # Weights for everyone else: `esg predict --checkpoint workdir/model.safetensors`.
+    weights = state.weights(average=state.ema is not None)
+    if jax.process_count() > 1:
+        weights = multihost_utils.process_allgather(weights, tiled=True)
     done = int(state.step)
-    if jax.process_index() == 0 and jax.process_count() == 1:
-        model = step.model.merge(state.ema or state.params, state.constants)
-        save_weights(workdir / "model.safetensors", model, {"steps": done, "config": config_lib.to_dict(config)})
-        log.info("step %d of %d; weights in %s", done, config.loop.total_steps, workdir / "model.safetensors")
-    if done < config.loop.total_steps:
+    if jax.process_index() == 0:
+        model = step.model.merge(weights, weights)
+        info = {"steps": done, "config": config.as_dict(), "inference": inference_size(config)}
+        save_weights(workdir / "model.safetensors", model, info)
+        log.info("step %d of %d; weights in %s", done, total, workdir / "model.safetensors")
+    if done < total:
         log.info("stopped early; the same command goes on from here")
 
 
@@ -102,6 +107,13 @@ def initial_weights(config: RunConfig, shapes):
         return {f"backbone.{name}": value for name, value in from_pytorch(path, names).items()}
     log.info("no init_from and no backbone_weights: all weights start at random")
     return None
+
+
+def inference_size(config: RunConfig) -> dict[str, int]:
+    """View size at test time, stored with the weights: the largest of training, as the reference has it."""
+    if config.data.mapper == "lsj":
+        return {}  # the reference tests these models at the defaults of 800 and 1333
+    return {"min_size": max(config.data.short_edges), "max_size": config.data.max_size}
 
 
 def is_our_file(path: Path) -> bool:

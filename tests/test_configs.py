@@ -58,6 +58,14 @@ def test_no_config_is_forgotten():
     assert found == set(PLAIN + MASK2FORMER)
 
 
+def test_old_configurations_are_completed():
+    values = load("tiny")[1].as_dict()
+    old = load("tiny")[1].as_dict()
+    del old["model"]["backbone"]["mlp_ratio"], old["keep"]
+    assert RunConfig.complete(old) == values
+    assert RunConfig.complete({"gone": 1}) == {"gone": 1}
+
+
 def test_unknown_key_is_named():
     values = load("tiny")[1].as_dict()
     values["model"]["mask_decoder"]["num_querys"] = 3

@@ -13,7 +13,7 @@ Resuming comes first because a restarted job has the same command line as the on
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,24 @@ class Checkpointer:
     folder appears under its step number only when all of it is on disk.
     """
 
-    def __init__(self, workdir: str | Path, *, config: Mapping[str, Any], keep: int = 2):
+    def __init__(
+        self,
+        workdir: str | Path,
+        *,
+        config: Mapping[str, Any],
+        keep: int = 2,
+        complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    ):
         """Opens or creates the folder.
 
         Args:
             workdir: folder of the run, shared by all hosts.
             config: nested plain values; stored, and compared when the run resumes.
             keep: number of checkpoints kept.
+            complete: gives a stored configuration the defaults of fields that are younger than it.
         """
-        self._config = json.loads(json.dumps(config))  # tuples become lists, as they will be when read back
+        self._complete = complete
+        self._config = _plain(config)
         self._manager = ocp.training.Checkpointer(
             Path(workdir).absolute() / FOLDER,
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
@@ -95,7 +104,7 @@ class Checkpointer:
 
     def _check_config(self, step: int) -> None:
         stored = (self._manager.metadata(step).custom_metadata or {}).get("config", {})
-        changes = differences(stored, self._config)
+        changes = differences(_plain(self._complete(stored)), self._config)
         fatal = [line for key, line in changes.items() if key.split(".")[0] in ("model", "ema_decay")]
         if fatal:
             raise CheckpointMismatchError(
@@ -105,6 +114,11 @@ class Checkpointer:
             )
         for line in changes.values():
             log.warning("resuming with a changed configuration: %s", line)
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As it is when read back: tuples become lists."""
+    return json.loads(json.dumps(config))
 
 
 def differences(stored: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

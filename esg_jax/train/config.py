@@ -106,6 +106,14 @@ class RunConfig:
         """
         return from_dict(cls, values)
 
+    @classmethod
+    def complete(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """`values` with the defaults of fields it lacks; unchanged if it has keys that no longer exist."""
+        try:
+            return cls.from_dict(values).as_dict()
+        except (ValueError, TypeError):
+            return dict(values)
+
     def model_def(self) -> ModelDef:
         """Structure and shapes of the model; allocates nothing."""
         return model_def(self.model, PRECISIONS[self.precision], seed=self.seed, remat=self.remat)

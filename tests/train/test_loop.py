@@ -150,6 +150,19 @@ def test_checkpoint_of_another_model_names_the_keys(toy_step, whole):
     assert "depths" not in message and "--workdir" in message
 
 
+def test_fields_younger_than_the_checkpoint_do_not_prevent_resuming(toy_step, whole):
+    """A field that is added to a configuration later has its default in old runs."""
+    now = CONFIG | {"model": CONFIG["model"] | {"epsilon": 1e-5}}
+    with pytest.raises(CheckpointMismatchError, match="epsilon"):
+        Checkpointer(whole[0], config=now).restore(toy_step.abstract_state, toy.toy_batches())
+
+    def complete(stored):
+        return stored | {"model": {"epsilon": 1e-5} | stored["model"]}
+
+    checkpointer = Checkpointer(whole[0], config=now, complete=complete)
+    equal(checkpointer.restore(toy_step.abstract_state, toy.toy_batches()), whole[1])
+
+
 def test_changed_optimiser_setting_is_only_reported(toy_step, whole, caplog):
     train(whole[0], toy_step, config=CONFIG | {"optim": {"learning_rate": 0.02}})
     assert "optim.learning_rate: checkpoint has 0.01, this run 0.02" in caplog.text
