@@ -15,7 +15,7 @@ examples:
   esg convert CropFormer_swin_tiny_3x.pth cropformer_swin_t.safetensors
   esg convert mask2former/ weights.safetensors            (a folder of transformers)
   esg convert m2f.pth start.safetensors --config cropformer.json --allow-missing '^association'
-  esg convert weights.safetensors model.pth               (ours to the reference's names)
+  esg convert weights.safetensors model.pth --verify      (ours to the reference's names)
   esg convert weights.safetensors out/ --format transformers --verify
 """
 _EXPORT_EXAMPLES = """\
@@ -74,7 +74,7 @@ def run_convert(args: argparse.Namespace) -> int:
     """Runs `esg convert`; returns the exit status."""
     try:
         return _convert(args)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -95,8 +95,8 @@ def _convert(args: argparse.Namespace) -> int:
             raise ValueError(f"{args.config} is not JSON: {error}") from error
     ours = weights.is_weights_file(args.source)
     target_format = args.format or ("reference" if ours else "ours")
-    if args.verify and target_format != "transformers":
-        raise ValueError("--verify needs --format transformers: the other formats have no PyTorch package to run")
+    if args.verify and target_format == "ours":
+        raise ValueError("--verify compares with PyTorch, so it needs --format reference or transformers")
     if target_format == "ours" and args.target.suffix != ".safetensors":
         raise ValueError(f"{args.target}: weights of ours end in .safetensors")
     if ours and target_format == "ours":
@@ -121,9 +121,10 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace, model) -> int:
-    from esg_jax.interop.verify import verify_transformers
+    from esg_jax.interop.verify import verify_reference, verify_transformers
 
-    differences = verify_transformers(args.target, model)
+    run = verify_transformers if args.target.is_dir() else verify_reference
+    differences = run(args.target, model)
     for item in differences:
         print(f"{item.output}: max abs difference {item.absolute:.2e}, relative {item.relative:.2e}")
     if any(not item.absolute <= args.tolerance for item in differences):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from esg_jax.config import to_dict
 from esg_jax.models.cropformer import CropFormer
 
 _SIZE = 256
@@ -45,17 +46,62 @@ def verify_transformers(
     lost = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if lost:
         raise ValueError(f"transformers does not take {folder} as it is: {lost}")
-    height, width = size
-    image = np.random.default_rng(0).integers(0, 256, (1, 1, height, width, 3), np.uint8)
-    extent = jnp.array([[[height, width]]], jnp.int32)
-    output = nnx.jit(lambda model, image, size: model(image, size, all_predictions=False))(model, image, extent)
-    normalized = np.asarray(model.normalize(jnp.asarray(image), extent))[0]
+    image, extent = _random_views(1, size)
+    output = _run(model, image, extent)
+    normalized = np.asarray(model.normalize(jnp.asarray(image), jnp.asarray(extent)))[0]
     with torch.inference_mode():
         expected = theirs.eval()(pixel_values=torch.from_numpy(normalized.transpose(0, 3, 1, 2).copy()))
     return [
         _difference("class logits", output.image.logits[-1], expected.class_queries_logits),
         _difference("mask logits", output.image_mask_logits()[:, 0], expected.masks_queries_logits),
     ]
+
+
+def verify_reference(path: str | Path, model: CropFormer, size: tuple[int, int] = (128, 160)) -> list[Difference]:
+    """Compares `model` with the PyTorch network of `torch_cropformer` that loads `path`, in float32 on random views.
+
+    Args:
+        path: a `.pth` or `.safetensors` file under the reference's names.
+        model: ours; with view association two views are compared at the batch level.
+        size: padded height and width of the views.
+
+    Raises:
+        ModuleNotFoundError: torch is not installed.
+        RuntimeError: the file does not fit the network.
+    """
+    import torch
+
+    from esg_jax.interop.torch_cropformer import CropFormer as Reference
+
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    theirs = Reference(to_dict(model.config)).eval()
+    theirs.load_state_dict(state, strict=True)
+    joint = model.config.association is not None
+    image, extent = _random_views(2 if joint else 1, size)
+    output = _run(model, image, extent)
+    with torch.inference_mode():
+        views = torch.from_numpy(image.transpose(0, 1, 4, 2, 3).copy())
+        logits, masks = theirs(views, torch.from_numpy(extent))
+    if joint:
+        ours = output.batch.logits[-1], output.batch_mask_logits()
+    else:
+        ours = output.image.logits[-1], output.image_mask_logits().swapaxes(1, 2)
+    return [_difference("class logits", ours[0], logits), _difference("mask logits", ours[1], masks)]
+
+
+def _random_views(views: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    image = np.random.default_rng(0).integers(0, 256, (1, views, *size, 3), np.uint8)
+    return image, np.broadcast_to(np.array(size, np.int32), (1, views, 2)).copy()
+
+
+def _run(model: CropFormer, image: np.ndarray, size: np.ndarray):
+    return nnx.jit(lambda model, image, size: model(image, size, all_predictions=False))(model, image, size)
 
 
 def _difference(name: str, ours, theirs) -> Difference:

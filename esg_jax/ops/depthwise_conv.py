@@ -10,64 +10,72 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_PADDING = ((0, 0), (1, 1), (1, 1), (0, 0))
+Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def depthwise_conv3x3(
-    x_bhwc: Float[Array, "b h w c"], kernel_331c: Float[Array, "3 3 1 c"], stride: int = 1
+    x_bhwc: Float[Array, "b h w c"],
+    kernel_331c: Float[Array, "3 3 1 c"],
+    stride: int = 1,
+    padding: Padding = ((1, 1), (1, 1)),
 ) -> Float[Array, "b ho wo c"]:
-    """Convolves every channel with its own 3x3 kernel, padding 1 on all sides (PyTorch's `groups=channels`).
+    """Convolves every channel with its own 3x3 kernel (PyTorch's `groups=channels`).
 
     Args:
         x_bhwc: input map.
         kernel_331c: kernels in HWIO layout.
-        stride: 1 or 2; the output has ceil(h / stride) rows.
+        stride: 1 or 2.
+        padding: zeros (above, below) and (left, right), each at most 2.
     """
     return jax.lax.platform_dependent(
         x_bhwc,
         kernel_331c,
-        cpu=functools.partial(_shifted, stride=stride),
-        default=functools.partial(_native, stride=stride),
+        cpu=functools.partial(_shifted, stride=stride, padding=padding),
+        default=functools.partial(_native, stride=stride, padding=padding),
     )
 
 
-def _forward(x_bhwc, kernel_331c, stride):
-    return depthwise_conv3x3(x_bhwc, kernel_331c, stride), (x_bhwc, kernel_331c)
+def _forward(x_bhwc, kernel_331c, stride, padding):
+    return depthwise_conv3x3(x_bhwc, kernel_331c, stride, padding), (x_bhwc, kernel_331c)
 
 
-def _backward(stride, residuals, grad_bhwc):
+def _backward(stride, padding, residuals, grad_bhwc):
     # A rule of our own, because differentiating through `platform_dependent` would keep both branches' residuals.
     return jax.lax.platform_dependent(
         *residuals,
         grad_bhwc,
-        cpu=functools.partial(_shifted_backward, stride=stride),
-        default=functools.partial(_native_backward, stride=stride),
+        cpu=functools.partial(_shifted_backward, stride=stride, padding=padding),
+        default=functools.partial(_native_backward, stride=stride, padding=padding),
     )
 
 
 depthwise_conv3x3.defvjp(_forward, _backward)
 
 
-def _native(x, kernel, *, stride):
+def _native(x, kernel, *, stride, padding):
     return jax.lax.conv_general_dilated(
         x,
         kernel,
         (stride, stride),
-        _PADDING[1:3],
+        padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[-1],
     )
 
 
-def _native_backward(x, kernel, grad, *, stride):
-    return jax.vjp(functools.partial(_native, stride=stride), x, kernel)[1](grad)
+def _native_backward(x, kernel, grad, **options):
+    return jax.vjp(functools.partial(_native, **options), x, kernel)[1](grad)
 
 
-def _shifted(x, kernel, *, stride):
-    padded = jnp.pad(x, _PADDING)
-    batch, height, width, channels = x.shape
-    rows, columns = -(-height // stride), -(-width // stride)
+def _pad(x, padding):
+    return jnp.pad(x, ((0, 0), *padding, (0, 0)))
+
+
+def _shifted(x, kernel, *, stride, padding):
+    padded = _pad(x, padding)
+    batch, height, width, channels = padded.shape
+    rows, columns = (height - 3) // stride + 1, (width - 3) // stride + 1
     weights = kernel.reshape(3, 3, channels)
     out = 0
     for dy in range(3):
@@ -77,12 +85,12 @@ def _shifted(x, kernel, *, stride):
     return out
 
 
-def _kernel_grad(x, grad, *, stride):
+def _kernel_grad(x, grad, *, stride, padding):
     """Sums input times gradient per tap, row by row: the nine running sums stay in the cache.
 
     Nine whole-array reductions would each copy their view of the input: 7 times slower, 7 times the memory.
     """
-    padded = jnp.pad(x, _PADDING)
+    padded = _pad(x, padding)
     batch, rows, columns, channels = grad.shape
 
     def add_row(index, sums):
@@ -98,9 +106,11 @@ def _kernel_grad(x, grad, *, stride):
     return jnp.stack([total.sum(0) for total in sums]).reshape(3, 3, 1, channels)
 
 
-def _shifted_backward(x, kernel, grad, *, stride):
-    kernel_grad = _kernel_grad(x, grad, stride=stride).astype(kernel.dtype)
+def _shifted_backward(x, kernel, grad, *, stride, padding):
+    kernel_grad = _kernel_grad(x, grad, stride=stride, padding=padding).astype(kernel.dtype)
     if stride > 1:  # spread the gradient out to the input's resolution
-        spread = [(0, x.shape[axis] - (1 + (grad.shape[axis] - 1) * stride), stride - 1) for axis in (1, 2)]
-        grad = jax.lax.pad(grad, jnp.zeros((), grad.dtype), ((0, 0, 0), *spread, (0, 0, 0)))
-    return _shifted(grad, kernel[::-1, ::-1], stride=1), kernel_grad
+        spread = (0, 0, stride - 1)
+        grad = jax.lax.pad(grad, jnp.zeros((), grad.dtype), ((0, 0, 0), spread, spread, (0, 0, 0)))
+    sizes = zip(x.shape[1:3], grad.shape[1:3], padding, strict=True)
+    around = tuple((2 - before, full + before - spread) for full, spread, (before, _) in sizes)
+    return _shifted(grad, kernel[::-1, ::-1], stride=1, padding=around), kernel_grad

@@ -161,7 +161,7 @@ def test_convert_failures_are_one_line_and_leave_nothing(weights, tmp_path, caps
         (("convert", weights, folder / "x.bin"), "ending must be .pth or .safetensors"),
         (("convert", weights, folder / "x", "--format", "transformers"), "no views"),
         (("convert", source, folder / "x.pth"), "end in .safetensors"),
-        (("convert", source, folder / "x.safetensors", "--verify"), "--verify needs --format transformers"),
+        (("convert", source, folder / "x.safetensors", "--verify"), "--verify compares with PyTorch"),
         (("convert", source, folder / "x.safetensors", "--config", config), "nothing for our mask_decoder.layers.1"),
     ]
     for args, message in cases:
@@ -169,6 +169,13 @@ def test_convert_failures_are_one_line_and_leave_nothing(weights, tmp_path, caps
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert list(folder.iterdir()) == [config]
+
+
+@pytest.mark.torch
+def test_export_to_the_reference_verifies(weights, tmp_path, capsys):
+    pytest.importorskip("torch")
+    assert run("convert", weights, tmp_path / "model.pth", "--verify") == 0, capsys.readouterr().err
+    assert "mask logits: max abs difference" in capsys.readouterr().out
 
 
 @pytest.mark.torch

@@ -9,13 +9,16 @@ from esg_jax.ops import depthwise_conv
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [(6, 8), (5, 7), (1, 1)])
-def test_shifted_form_equals_native(stride, size):
+@pytest.mark.parametrize("size", [(6, 8), (5, 7), (2, 1)])
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 1), (2, 0))])
+def test_shifted_form_equals_native(stride, size, padding):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, *size, 5)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(3, 3, 1, 5)), jnp.float32)
-    actual, vjp = jax.vjp(lambda x, kernel: depthwise_conv.depthwise_conv3x3(x, kernel, stride), x, kernel)
-    expected, native_vjp = jax.vjp(lambda x, kernel: depthwise_conv._native(x, kernel, stride=stride), x, kernel)
+    actual, vjp = jax.vjp(lambda x, kernel: depthwise_conv.depthwise_conv3x3(x, kernel, stride, padding), x, kernel)
+    expected, native_vjp = jax.vjp(
+        lambda x, kernel: depthwise_conv._native(x, kernel, stride=stride, padding=padding), x, kernel
+    )
     np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=1e-5)
     cotangent = jnp.asarray(rng.normal(size=expected.shape), jnp.float32)
     for ours, theirs in zip(vjp(cotangent), native_vjp(cotangent), strict=True):

@@ -1,4 +1,4 @@
-"""MobileNetV2 (Sandler et al. 2018) in torchvision's form: symmetric padding, batch-norm epsilon 1e-5.
+"""MobileNetV2 (Sandler et al. 2018), by default in torchvision's form: symmetric padding, batch-norm epsilon 1e-5.
 
 The multi-scale outputs are the last blocks before each change of resolution:
 res2 = block 3 (24 channels), res3 = block 6 (32), res4 = block 13 (96), res5 = block 17 (320), counted as in
@@ -36,9 +36,18 @@ class MobileNetV2Config:
 
     Attributes:
         train_affine: train the scales and offsets of the batch normalisation, whose statistics stay fixed.
+        epsilon: of the batch normalisation; 1e-3 in weights trained with TensorFlow.
+        same_padding: pad as TensorFlow does, where the zeros of stride-2 convolutions are at the bottom and right.
     """
 
     train_affine: bool = False
+    epsilon: float = 1e-5
+    same_padding: bool = False
+
+    @classmethod
+    def tensorflow(cls) -> "MobileNetV2Config":
+        """The network of Google's checkpoints."""
+        return cls(epsilon=1e-3, same_padding=True)
 
 
 @jax.custom_jvp
@@ -56,23 +65,42 @@ def _relu6_jvp(primals, tangents):
 class DepthwiseConvNorm(nnx.Module):
     """3x3 convolution per channel without bias, then frozen batch normalisation."""
 
-    def __init__(self, channels: int, stride: int, *, train_affine: bool, rngs, dtype, param_dtype):
+    def __init__(
+        self,
+        channels: int,
+        stride: int,
+        *,
+        train_affine: bool,
+        epsilon: float,
+        same_padding: bool,
+        rngs,
+        dtype,
+        param_dtype,
+    ):
         self.stride = stride
+        self.same_padding = same_padding
         self.dtype = dtype
         self.kernel = nnx.Param(kaiming_fan_out(rngs.params(), (3, 3, 1, channels), param_dtype))
-        self.norm = FrozenBatchNorm(channels, train_affine=train_affine, dtype=dtype, param_dtype=param_dtype)
+        self.norm = FrozenBatchNorm(
+            channels, train_affine=train_affine, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype
+        )
 
     def __call__(self, x_bhwc):
-        return self.norm(depthwise_conv3x3(x_bhwc, self.kernel[...].astype(self.dtype), self.stride))
+        # TensorFlow pads an even side by one in all when the stride is 2.
+        padding = tuple((0, 1) if self._shifts(side) else (1, 1) for side in x_bhwc.shape[1:3])
+        return self.norm(depthwise_conv3x3(x_bhwc, self.kernel[...].astype(self.dtype), self.stride, padding))
+
+    def _shifts(self, side: int) -> bool:
+        return self.same_padding and self.stride == 2 and side % 2 == 0
 
 
 class InvertedResidual(nnx.Module):
     """1x1 expansion, depthwise 3x3, linear 1x1 projection; residual when the shape is kept."""
 
-    def __init__(self, inputs: int, outputs: int, expansion: int, stride: int, **kwargs):
+    def __init__(self, inputs: int, outputs: int, expansion: int, stride: int, *, same_padding: bool, **kwargs):
         middle = inputs * expansion
         self.expand = ConvNorm(inputs, middle, 1, **kwargs) if expansion != 1 else None
-        self.depthwise = DepthwiseConvNorm(middle, stride, **kwargs)
+        self.depthwise = DepthwiseConvNorm(middle, stride, same_padding=same_padding, **kwargs)
         self.project = ConvNorm(middle, outputs, 1, **kwargs)
         self.residual = stride == 1 and inputs == outputs
 
@@ -95,9 +123,12 @@ class MobileNetV2(nnx.Module):
         remat: bool = False,
     ):
         """Creates the parameters; `remat` recomputes every block in the backward pass."""
-        kwargs = dict(train_affine=config.train_affine, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        kwargs = dict(
+            train_affine=config.train_affine, epsilon=config.epsilon, rngs=rngs, dtype=dtype, param_dtype=param_dtype
+        )
         self.remat = remat
-        self.stem = ConvNorm(3, _STEM, 3, 2, **kwargs)
+        self.stem = ConvNorm(3, _STEM, 3, 2, padding="SAME" if config.same_padding else None, **kwargs)
+        kwargs["same_padding"] = config.same_padding
         self.blocks = nnx.List()
         strides = []
         inputs = _STEM

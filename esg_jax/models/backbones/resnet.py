@@ -36,27 +36,40 @@ class ResNetConfig:
 
 
 class ConvNorm(nnx.Module):
-    """Convolution without bias, then frozen batch normalisation; padding k // 2 on every side, as in PyTorch.
+    """Convolution without bias, then frozen batch normalisation; by default k // 2 zeros on every side, as in PyTorch.
 
     1x1 convolutions run as one flat matrix product, whose gradient is several times faster on CPU.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: int, stride: int = 1, *, train_affine: bool, rngs, dtype, param_dtype
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int = 1,
+        *,
+        train_affine: bool,
+        epsilon: float = 1e-5,
+        padding: str | None = None,
+        rngs,
+        dtype,
+        param_dtype,
     ):
         self.conv = nnx.Conv(
             inputs,
             outputs,
             (kernel, kernel),
             strides=stride,
-            padding=((kernel // 2,) * 2,) * 2,
+            padding=padding or ((kernel // 2,) * 2,) * 2,
             use_bias=False,
             kernel_init=kaiming_fan_out,
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.norm = FrozenBatchNorm(outputs, train_affine=train_affine, dtype=dtype, param_dtype=param_dtype)
+        self.norm = FrozenBatchNorm(
+            outputs, train_affine=train_affine, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype
+        )
         self.kernel_size, self.stride, self.dtype = kernel, stride, dtype
 
     def __call__(self, x_bhwc):
