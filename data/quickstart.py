@@ -19,14 +19,16 @@ import skimage.data
 from PIL import Image
 
 TRAIN_SCENES, VAL_SCENES = 160, 10
-# A slower machine stops training here; calling again goes on.
-TRAIN_MINUTES = 11
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("runs/quickstart"), help="everything is written here")
-    workdir = parser.parse_args().workdir
+    parser.add_argument(
+        "--minutes", type=float, default=11, help="training stops here on a slow machine; calling again goes on"
+    )
+    arguments = parser.parse_args()
+    workdir = arguments.workdir
     started = time.monotonic()
     python = sys.executable
     train, val, photos, predictions = (workdir / name for name in ("scenes", "scenes_val", "photos", "predictions"))
@@ -38,7 +40,7 @@ def main() -> None:
     config = f"--config=configs/quickstart.py:{train}"
     run(
         "3/5 training",
-        [python, "train.py", config, f"--workdir={workdir}", f"--config.loop.max_minutes={TRAIN_MINUTES}"],
+        [python, "train.py", config, f"--workdir={workdir}", f"--config.loop.max_minutes={arguments.minutes}"],
     )
     write_photos(photos)
     weights = workdir / "model.safetensors"
@@ -72,10 +74,10 @@ def write_photos(folder: Path) -> None:
 
 def summarize(workdir: Path, predictions: Path, minutes: float) -> None:
     """What came out, where it is, and what to do next."""
-    scores = json.loads((workdir / "eval" / "results.json").read_text())["scores"]["all"]
+    metrics = json.loads((workdir / "eval" / "results.json").read_text())["metrics"]
     print(f"""
 Done in {minutes:.1f} minutes. On {VAL_SCENES} scenes the model has not seen:
-  AP^e {scores["AP"]:.1f}    AR@100 at IoU 0.5 {scores["AR50@100"]:.1f}
+  AP^e {100 * metrics["AP"]:.1f}    AR@100 at IoU 0.5 {100 * metrics["AR@100@IoU0.5"]:.1f}
 Pictures:
   {workdir / "eval" / "grid.png"}  predictions beside the truth
   {predictions}  entities of photographs
