@@ -82,9 +82,13 @@ Pictures:
   {workdir / "eval" / "grid.png"}  predictions beside the truth
   {predictions}  entities of photographs
 Next:
-  esg predict YOUR_PHOTO.jpg --out out            entities of your photograph, by the packaged model
-  python train.py --config=configs/demo.py:{workdir / "scenes"} --workdir=runs/demo   train for longer
-  python train.py --config=configs/finetune.py:YOUR_MASKS.json,YOUR_IMAGES --workdir=runs/mine   train on your masks
+  esg predict YOUR_PHOTO.jpg --out out
+      entities of your photograph, by the packaged model
+  python train.py --config=configs/demo.py:{workdir / "scenes"} --workdir=runs/demo
+      the same model, trained for longer
+  python train.py --config=configs/finetune.py:{workdir / "model.safetensors"} --workdir=runs/mine \\
+      --config.data.sources.mine.annotations=MASKS.json --config.data.sources.mine.images=FOLDER
+      fine-tuned on your masks, docs/finetuning.md
 (First: source .venv/bin/activate)""")
 
 
