@@ -128,10 +128,11 @@ def write_curves(metric: Any, result: Mapping[str, Any], folder: str | Path) -> 
             )
         elif "per_c" in name and len(values) > 1:
             pairs = values.items() if isinstance(values, Mapping) else enumerate(values)
-            bars = {str(k): v["PQ"] if isinstance(v, Mapping) and "PQ" in v else v for k, v in pairs}
+            bars = {str(k): v.get("PQ") if isinstance(v, Mapping) else v for k, v in pairs}
             bars = {k: v for k, v in bars.items() if isinstance(v, (int, float)) and math.isfinite(v) and v > -1}
             if bars:
-                save(f"{name}.png", lambda axes, b=bars: _draw_bars(axes, b), "", name.replace("_", " "))
+                quantity = "PQ per class" if name == "per_class" else name.replace("_", " ")
+                save(f"{name}.png", lambda axes, b=bars: _draw_bars(axes, b), "", quantity)
     if hasattr(metric, "draw"):
         for name, draw, xlabel, ylabel in metric.draw():
             save(name, draw, xlabel, ylabel)

@@ -1,5 +1,6 @@
 """eval.py on two tiny images: model to files to numbers, and the same numbers from the saved files."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ from flax import nnx
 from PIL import Image
 
 from esg_jax.evaluation import BestOverlap, EntityAP, rle
+from esg_jax.evaluation.config import EvalConfig
+from esg_jax.evaluation.run import score
 from esg_jax.inference.predictor import Predictor
 from esg_jax.models.backbones.swin import SwinConfig
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
@@ -118,6 +121,73 @@ def test_model_to_numbers_and_again_from_the_files(tiny_set, tmp_path, views):
         for name, value in metric.result().items():
             if isinstance(value, float):
                 assert first["metrics"][name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_files_of_several_hosts_score_as_one(tiny_set, tmp_path):
+    gt = json.loads((tiny_set / "gt.json").read_text())
+    rng = np.random.default_rng(0)
+    records = [
+        {"image_id": a["image_id"], "category_id": 1, "score": float(rng.random()), "segmentation": a["segmentation"]}
+        for a in gt["annotations"] + gt["annotations"][::2]
+    ]
+    config = EvalConfig(annotations=str(tiny_set / "gt.json"), images=str(tiny_set), group_by="source")
+    files = [tmp_path / name for name in ("all.json", "first.json", "second.json")]
+    for file, wanted in zip(files, ((0, 1), (0,), (1,)), strict=True):
+        file.write_text(json.dumps([r for r in records if r["image_id"] in wanted]))
+    whole = score(config, files[:1])
+    assert score(config, files[1:]) == whole
+    assert whole["metrics"]["mean_best_iou"] == 1.0 and set(whole["groups"]) == {"a", "b"}
+
+
+@pytest.fixture(scope="module")
+def tiny_classes(tiny_set, tmp_path_factory):
+    """The same images with three classes, as instance, panoptic and semantic ground truth, and random weights."""
+    folder = tmp_path_factory.mktemp("classes")
+    content = json.loads((tiny_set / "gt.json").read_text())
+    content["categories"] = [{"id": 10 * c, "name": str(c), "isthing": int(c != 2)} for c in (1, 2, 3)]
+    for i, annotation in enumerate(content["annotations"]):
+        annotation["category_id"] = 10 * (1 + i % 3)
+    (folder / "instances.json").write_text(json.dumps(content))
+    labels = np.repeat([0, 1, 2], 20)[:, None] * np.ones((1, 80), np.uint8)
+    records = []
+    for name in ("panoptic", "semantic"):
+        (folder / name).mkdir()
+    for i in range(2):
+        ids = (labels + 1).astype(np.uint8)
+        Image.fromarray(np.stack([ids, ids * 0, ids * 0], -1)).save(folder / "panoptic" / f"{i}.png")
+        Image.fromarray(labels.astype(np.uint8)).save(folder / "semantic" / f"{i}.png")
+        segments = [{"id": k, "category_id": 10 * k, "iscrowd": 0, "area": 1600} for k in (1, 2, 3)]
+        records.append({"image_id": i, "file_name": f"{i}.png", "segments_info": segments})
+    (folder / "panoptic.json").write_text(json.dumps(content | {"annotations": records}))
+    (folder / "semantic.txt").write_text("0.png 0.png\n1.png 1.png\n")
+    config = dataclasses.replace(
+        TINY, association=None, mask_decoder=dataclasses.replace(TINY.mask_decoder, num_classes=3)
+    )
+    save_weights(folder / "tiny.safetensors", random_model(config))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "task, annotations, column",
+    [("instance", "instances.json", "AP"), ("panoptic", "panoptic.json", "PQ"), ("semantic", "semantic.txt", "mIoU")],
+)
+def test_class_aware_tasks(tiny_set, tiny_classes, tmp_path, task, annotations, column):
+    arguments = [
+        *overrides(tiny_set),
+        f"--config.task={task}",
+        f"--config.annotations={tiny_classes}/{annotations}",
+        "--config.num_classes=3",
+        "--config.group_by=",
+    ]
+    run = evaluate(*arguments, f"--checkpoint={tiny_classes}/tiny.safetensors", f"--out={tmp_path}/first")
+    assert run.returncode == 0, run.stderr
+    first = json.loads((tmp_path / "first" / "results.json").read_text())["metrics"]
+    assert 0 <= first[column] <= 1
+    again = evaluate(*arguments, f"--predictions={tmp_path}/first/predictions.json", f"--out={tmp_path}/again")
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "again" / "results.json").read_text())["metrics"] == first
+    assert (tmp_path / "again" / "grid.png").is_file()
 
 
 @pytest.mark.slow

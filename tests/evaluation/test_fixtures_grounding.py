@@ -7,7 +7,7 @@ import pytest
 
 from esg_jax.evaluation import EvaluationError, rle, tasks_grounding
 from esg_jax.evaluation.averages import ODINW13, average, few_shot
-from esg_jax.evaluation.grounding import PhraseGrounding, ReferringSegmentation
+from esg_jax.evaluation.grounding import PhraseGrounding, ReferringComprehension, ReferringSegmentation
 from esg_jax.evaluation.interactive import ClickIoU, click_point
 from esg_jax.evaluation.text import TextRecall, lemma
 
@@ -76,6 +76,15 @@ def test_halves_merge_to_the_whole():
             whole.add(i, items)
             halves[i % 2].add(i, items)
         np.testing.assert_equal(halves[0].merge(halves[1]).result(), whole.result())
+    whole, halves = ClickIoU(), [ClickIoU(), ClickIoU()]
+    comprehension = [ReferringComprehension("segm") for _ in range(3)]
+    for i, (pred, target) in enumerate(zip(random_masks(rng, 5), random_masks(rng, 5), strict=True)):
+        for metric in (whole, halves[i % 2]):
+            metric.add(i, pred, target)
+        for metric in (comprehension[0], comprehension[1 + i % 2]):
+            metric.add(i, {"masks": pred[None], "scores": np.ones(1)}, {"masks": target[None]})
+    assert halves[0].merge(halves[1]).result() == whole.result()
+    assert comprehension[1].merge(comprehension[2]).result() == comprehension[0].result()
     whole, halves = TextRecall(), [TextRecall(), TextRecall()]
     for i, words in enumerate((["a dog", "cats"], ["sky"], ["two people"])):
         for metric in (whole, halves[i % 2]):
