@@ -5,8 +5,8 @@
 
 Batch 8, 206,250 steps, as the reference. It starts from a Mask2Former that was trained on COCO entities
 (`esg convert` makes the .safetensors file); the association module starts at random.
-Hardware: not measured; `python benchmarks/tpu_plan.py train cropformer_swin_l --topology=v5e:4x4 --batch=16` compiles the
-step for a TPU slice without one and prints its memory per chip, see docs/tpu.md.
+Hardware: not measured. `python benchmarks/tpu_plan.py train cropformer_swin_l --topology=v5e:4x4 --batch=16` compiles
+the step for a TPU slice without one and prints its memory per chip, see docs/tpu.md.
 Expected AP^e (reference repository's README, not reproduced here): 45.8 low resolution, 48.2 high resolution.
 """
 

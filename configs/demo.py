@@ -1,10 +1,14 @@
-"""The model that ships as the demo checkpoint; argument: a folder of procedural scenes.
+"""The model that ships as the demo checkpoint; argument: a folder of procedural scenes[,annotations,images].
 
     python -m data.scenes --out runs/scenes --count 500 --long-side 800 1100
     python train.py --config=configs/demo.py:runs/scenes --workdir=runs/demo
 
 The quickstart's model and views, trained for longer. Every picture the scenes are made of may be redistributed
-(data/scenes/README.md).
+(data/scenes/README.md). Real photographs in COCO format can be mixed in, half of the images; the packaged checkpoint
+took those that `python -m data.licence_subset` keeps:
+
+    python train.py --config=configs/demo.py:runs/scenes,kept.json,IMAGES --workdir=runs/demo_photos \\
+        --config.init_from=runs/demo
 """
 
 from configs import common
@@ -15,12 +19,17 @@ from esg_jax.train.loop import LoopConfig
 from esg_jax.train.optim import OptimConfig
 
 
-def get_config(scenes: str = "runs/scenes"):
+def get_config(argument: str = "runs/scenes"):
+    scenes, *photos = argument.split(",")
+    sources = common.scenes(scenes)
+    if photos:
+        annotations, images = photos
+        sources["photos"] = {"annotations": annotations, "images": images}
     return common.as_config(
         RunConfig(
             model=CropFormerConfig.mobilenet_v2(),
             data=common.crop_data(
-                common.scenes(scenes),
+                sources,
                 short_edges=(160, 168, 176, 184, 192),
                 max_size=256,
                 buckets=((192, 256), (256, 192)),

@@ -11,5 +11,5 @@ from esg_jax.evaluation.config import EvalConfig
 
 
 def get_config(scenes: str = "runs/scenes_val"):
-    config = EvalConfig(annotations=f"{scenes}/annotations.json", images=f"{scenes}/images", score_mode="entityness")
+    config = EvalConfig(annotations=f"{scenes}/annotations.json", images=scenes, score_mode="entityness")
     return ConfigDict(to_dict(config))
