@@ -34,14 +34,14 @@ class LoopConfig:
         log_every: a line and an entry of averages over the interval.
         save_every: a checkpoint; the end of the run and a stop signal save as well.
         max_bad_steps: non-finite steps in a row after which the run stops with an error.
-        max_minutes: saves and returns after this much time, so that a later call goes on; None for no limit.
+        max_minutes: saves and returns after this much time, so that a later call goes on; 0 for no limit.
     """
 
     total_steps: int
     log_every: int = 50
     save_every: int = 1000
     max_bad_steps: int = 10
-    max_minutes: float | None = None
+    max_minutes: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ def fit(
                 report(*pending)
             pending = (number, metrics)
 
-            out_of_time = config.max_minutes is not None and time.monotonic() - start_time > config.max_minutes * 60
+            out_of_time = 0 < config.max_minutes * 60 < time.monotonic() - start_time
             last = number == config.total_steps or stop.agreed(number) or out_of_time
             due = [hook for hook in hooks if last or number % hook.every == 0]
             if last or due or number % config.save_every == 0:
