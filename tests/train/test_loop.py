@@ -110,7 +110,7 @@ def test_signal_saves_and_leaves(toy_step, whole, tmp_path, number):
 
 
 def test_time_limit_saves_and_leaves(toy_step, tmp_path):
-    state = train(tmp_path, toy_step, loop=LoopConfig(total_steps=12, max_minutes=0.0))
+    state = train(tmp_path, toy_step, loop=LoopConfig(total_steps=12, max_minutes=1e-9))
     assert int(state.step) == 1
     assert os.listdir(tmp_path / "checkpoints") == ["1"]
 
