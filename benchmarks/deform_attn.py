@@ -170,9 +170,7 @@ def measure(options, name, gradient):
     calls = contenders(options, levels, args, gradient)
     baseline = "torch" if "torch" in calls else "corner gather"
     expected = calls[baseline][0]()
-    errors = {
-        key: largest_difference(call(), expected) for key, (call, _) in calls.items()
-    }
+    errors = {key: largest_difference(call(), expected) for key, (call, _) in calls.items()}
     times = {key: [] for key in calls}
     for _ in range(options.rounds):
         for key, (call, _) in calls.items():
