@@ -18,7 +18,7 @@ import imgviz
 import skimage.data
 from PIL import Image
 
-TRAIN_SCENES, VAL_SCENES = 160, 10
+TRAIN_SCENES, VAL_SCENES = 160, 6
 
 
 def main() -> None:
