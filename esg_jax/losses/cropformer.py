@@ -111,6 +111,15 @@ def loss_normalizers(batch: Mapping[str, Array], num_queries: int, config: LossC
     return {"image": level(jnp.sum(valid, axis=1).reshape(-1)), "batch": level(jnp.sum(batch["present"], axis=1))}
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """Which query each target slot got, see `ops.matching.match`."""
+
+    query: Int[Array, "*p m n"]
+    matched: Bool[Array, "*p m n"]
+
+
 def cropformer_loss(
     output,
     batch: Mapping[str, Array],
@@ -135,6 +144,20 @@ def cropformer_loss(
         The total, and its weighted terms loss_{ce,mask,dice}[_i][_2d|_3d]: i counts predictions from the raw queries
         (0), the final one has no number; 2d is the image level, 3d the batch level, no suffix without batch level.
     """
+    total, terms, _ = loss_and_assignment(output, batch, keys, config, normalizers=normalizers, points=points)
+    return total, terms
+
+
+def loss_and_assignment(
+    output,
+    batch: Mapping[str, Array],
+    keys: Array,
+    config: LossConfig,
+    *,
+    normalizers: Mapping | None = None,
+    points: Mapping[str, Points] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]], Assignment]:
+    """`cropformer_loss`, and the final assignment: of the batch level, or the image level where there is no other."""
     if normalizers is None:
         normalizers = loss_normalizers(batch, output.image.logits.shape[2], config)
     views, num_images = batch["valid"].shape[2], len(batch["present"])
@@ -163,17 +186,19 @@ def cropformer_loss(
     terms = {}
     for name, (decoder, level, level_keys, suffix, factor) in levels.items():
         fixed = None if points is None else points[name]
-        values = _level_losses(decoder, level, level_keys, config, normalizers[name], fixed)
+        values, assignments = _level_losses(decoder, level, level_keys, config, normalizers[name], fixed)
         last = len(decoder.logits) - 1
         for term, weight in (("ce", config.class_weight), ("mask", config.mask_weight), ("dice", config.dice_weight)):
             for index in range(last + 1):
                 number = "" if index == last else f"_{index}"
                 terms[f"loss_{term}{number}{suffix}"] = factor * weight * values[term][index]
-    return sum(terms.values()), terms
+    return sum(terms.values()), terms, jax.tree.map(lambda x: x[-1], assignments)
 
 
-def _level_losses(decoder, level: Level, keys, config, normalizers, fixed: Points | None) -> dict[str, Array]:
-    """Unweighted terms of every prediction of a level, each (P,)."""
+def _level_losses(
+    decoder, level: Level, keys, config, normalizers, fixed: Points | None
+) -> tuple[dict[str, Array], Assignment]:
+    """Unweighted terms of every prediction of a level, each (P,), and the P assignments."""
     select = _select_shared if config.shared_points else _select_per_mask
 
     def one(carry, prediction):
@@ -184,9 +209,8 @@ def _level_losses(decoder, level: Level, keys, config, normalizers, fixed: Point
         frozen = jax.lax.stop_gradient((logits, mask_embed, level))
         chosen = select(*frozen, points, config)
         # Recomputed in the backward pass: memory holds the masks of one prediction. The choices above are kept.
-        return carry, jax.checkpoint(_terms, static_argnums=(4,))(
-            logits, mask_embed, level, chosen, config, normalizers
-        )
+        terms = jax.checkpoint(_terms, static_argnums=(4,))(logits, mask_embed, level, chosen, config, normalizers)
+        return carry, (terms, Assignment(chosen.query, chosen.matched))
 
     indices = jnp.arange(len(decoder.logits))
     return jax.lax.scan(one, None, (indices, decoder.logits, decoder.mask_embed, fixed))[1]

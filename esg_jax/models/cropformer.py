@@ -14,11 +14,10 @@ from jaxtyping import Array, Float, Int, Num
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
 from esg_jax.models.backbones.resnet import ResNet, ResNetConfig
 from esg_jax.models.backbones.swin import Swin, SwinConfig
-from esg_jax.models.mask_decoder import DecoderOutput, MaskDecoder, MaskDecoderConfig, Memory
+from esg_jax.models.mask_decoder import DecoderOutput, MaskDecoder, MaskDecoderConfig, Memory, image_memory
 from esg_jax.models.pixel_decoder import PixelDecoder, PixelDecoderConfig
-from esg_jax.models.positions import sine_position, view_sine_position
+from esg_jax.models.positions import view_sine_position
 from esg_jax.models.view_association import AssociationConfig, ViewAssociation
-from esg_jax.ops.resize import resize_bilinear
 
 _BACKBONES = {SwinConfig: Swin, ResNetConfig: ResNet, MobileNetV2Config: MobileNetV2}
 
@@ -178,16 +177,7 @@ class CropFormer(nnx.Module):
         mask_features, maps = self.pixel_decoder(features)
         mask_features = mask_features.astype(jnp.float32)
 
-        # Attention masks never carry gradients, so neither do the features they are computed from.
-        frozen = jax.lax.stop_gradient(mask_features)
-        memory = [
-            Memory(
-                tokens=_flatten_cells(tokens),
-                position=sine_position(*tokens.shape[1:]).reshape(-1, tokens.shape[-1]),
-                mask_features=_flatten_cells(resize_bilinear(frozen, tokens.shape[1:3])),
-            )
-            for tokens in maps
-        ]
+        memory = image_memory(mask_features, maps)
         output, states = self.mask_decoder(
             self.mask_decoder.queries(batch * views).astype(self.dtype),
             memory,
@@ -219,10 +209,6 @@ class CropFormer(nnx.Module):
         rows = jnp.arange(image.shape[2])[:, None, None] < size_bt2[..., 0, None, None, None]
         columns = jnp.arange(image.shape[3])[:, None] < size_bt2[..., 1, None, None, None]
         return jnp.where(rows & columns, image, 0.0)
-
-
-def _flatten_cells(x: Float[Array, "n h w c"]) -> Float[Array, "n s c"]:
-    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 def _join_views(x: Float[Array, "bt s c"], batch: int) -> Float[Array, "b ts c"]:

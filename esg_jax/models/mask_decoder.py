@@ -14,6 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from esg_jax.models import layers
+from esg_jax.models.positions import sine_position
+from esg_jax.ops.resize import resize_bilinear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,24 @@ class Memory:
     tokens: Float[Array, "n s c"]
     position: Float[Array, "s c"]
     mask_features: Float[Array, "n s m"]
+
+
+def image_memory(mask_features_nhwm: Float[Array, "n h w m"], maps: list[Float[Array, "n _h _w c"]]) -> list[Memory]:
+    """What the queries of single images attend to, from the pixel decoder's two outputs."""
+    # Attention masks never carry gradients, so neither do the features they are computed from.
+    frozen = jax.lax.stop_gradient(mask_features_nhwm)
+    return [
+        Memory(
+            tokens=_flatten_cells(tokens),
+            position=sine_position(*tokens.shape[1:]).reshape(-1, tokens.shape[-1]),
+            mask_features=_flatten_cells(resize_bilinear(frozen, tokens.shape[1:3])),
+        )
+        for tokens in maps
+    ]
+
+
+def _flatten_cells(x: Float[Array, "n h w c"]) -> Float[Array, "n s c"]:
+    return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 class DecoderLayer(nnx.Module):
