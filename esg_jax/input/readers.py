@@ -94,14 +94,15 @@ class CocoInstances:
         FileNotFoundError: no annotation file or image folder.
     """
 
-    def __init__(self, config: SourceConfig):
+    def __init__(self, config: SourceConfig, content: Mapping[str, Any] | None = None):
+        """`content`: what the file holds, when it has been read already."""
         self.file = config.annotations
-        content = _read_json(self.file)
+        content = read_json(self.file) if content is None else content
         self._folder = _image_folder(config)
         self._images = _images_by_id(content, self.file)
         self.categories, label_of = _categories(content, self.file)
         grouped: dict[Any, list] = {image_id: [] for image_id in self._images}
-        for annotation in _list_of(content, "annotations", self.file):
+        for annotation in list_of(content, "annotations", self.file):
             name = f"{self.file}: annotation {annotation.get('id', '(without id)')}"
             for key in ("image_id", "category_id", "segmentation"):
                 if key not in annotation:
@@ -207,7 +208,7 @@ class CocoPanoptic:
 
     def __init__(self, config: SourceConfig):
         self.file = config.annotations
-        content = _read_json(self.file)
+        content = read_json(self.file)
         self._folder = _image_folder(config)
         self._masks = Path(config.masks) if config.masks else Path(self.file).with_suffix("")
         if not self._masks.is_dir():
@@ -215,7 +216,7 @@ class CocoPanoptic:
         self._images = _images_by_id(content, self.file)
         self.categories, label_of = _categories(content, self.file)
         self._entries: list[tuple[Any, str, np.ndarray, np.ndarray, np.ndarray]] = []
-        for annotation in _list_of(content, "annotations", self.file):
+        for annotation in list_of(content, "annotations", self.file):
             if annotation.get("image_id") not in self._images:
                 raise ValueError(
                     f"{self.file}: annotation {annotation.get('file_name')} belongs to image id "
@@ -267,7 +268,7 @@ class SemanticMaps:
         self._folder = _image_folder(config)
         self._masks = Path(config.masks) if config.masks else Path(self.file).with_suffix("")
         self._names = []
-        for number, line in enumerate(_read_text(self.file).splitlines(), start=1):
+        for number, line in enumerate(read_text(self.file).splitlines(), start=1):
             names = line.split()
             if names and len(names) != 2:
                 raise ValueError(f"{self.file}, line {number}: expected 'image label_map', got {line!r}")
@@ -291,7 +292,8 @@ class SemanticMaps:
         return f"SemanticMaps({self.file}, {len(self)} images)"
 
 
-def _read_text(file: str) -> str:
+def read_text(file: str) -> str:
+    """Content of an annotation file. Raises FileNotFoundError, or ValueError for an empty name."""
     if not file:
         raise ValueError("SourceConfig.annotations is empty; give the path of the annotation file")
     path = Path(file)
@@ -300,9 +302,10 @@ def _read_text(file: str) -> str:
     return path.read_text()
 
 
-def _read_json(file: str) -> dict[str, Any]:
+def read_json(file: str) -> dict[str, Any]:
+    """A COCO-like dictionary. Raises ValueError when the file holds something else."""
     try:
-        content = json.loads(_read_text(file))
+        content = json.loads(read_text(file))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -310,7 +313,8 @@ def _read_json(file: str) -> dict[str, Any]:
     return content
 
 
-def _list_of(content: Mapping[str, Any], key: str, file: str) -> list[dict[str, Any]]:
+def list_of(content: Mapping[str, Any], key: str, file: str) -> list[dict[str, Any]]:
+    """A list of the dictionary. Raises ValueError when there is none."""
     if not isinstance(content.get(key), list):
         raise ValueError(f"{file} has no list {key!r}; it has {', '.join(sorted(content)) or 'nothing'}")
     return content[key]
@@ -325,7 +329,7 @@ def _image_folder(config: SourceConfig) -> Path:
 
 def _images_by_id(content: Mapping[str, Any], file: str) -> dict[Any, dict[str, Any]]:
     images: dict[Any, dict[str, Any]] = {}
-    for image in _list_of(content, "images", file):
+    for image in list_of(content, "images", file):
         missing = {"id", "file_name", "height", "width"} - set(image)
         if missing:
             raise ValueError(f"{file}: image {image.get('id', image.get('file_name'))} has no {sorted(missing)[0]!r}")
@@ -337,7 +341,7 @@ def _images_by_id(content: Mapping[str, Any], file: str) -> dict[Any, dict[str, 
 
 def _categories(content: Mapping[str, Any], file: str) -> tuple[tuple[str, ...], dict[Any, int]]:
     """Names, and the contiguous label of every category id: the rank of the id, as in the reference registrations."""
-    categories = sorted(_list_of(content, "categories", file), key=lambda category: category["id"])
+    categories = sorted(list_of(content, "categories", file), key=lambda category: category["id"])
     names = tuple(str(category.get("name", category["id"])) for category in categories)
     return names, {category["id"]: label for label, category in enumerate(categories)}
 

@@ -1,0 +1,369 @@
+"""Grain pipeline of GELLA: narratives to an endless, resumable stream of batches of one task each.
+
+A batch is a dictionary (B samples, T tokens, V phrases, N = `max_entities`):
+
+    image       uint8 (B, Sv, Sv, 3)   longer side Sv, bicubic, content at the top left, zero padded
+    image_size  int32 (B, 2)           (height, width) of the content
+    label_map   int16 (B, Sc, Sc)      0 nothing, k + 1 entity k; nearest neighbour, same geometry
+    map_size    int32 (B, 2)
+    ids         int32 (B, T)           the conversation, right padded
+    answer      bool (B, T)            tokens with a loss
+    seg_pos     int32 (B, V), seg_valid bool (B, V)    the <SEG> of every phrase
+    links       bool (B, V, N)         phrase i means entity k
+    linked      bool (B, V)            the phrase has a target
+    task        int32 (B,)             index into `grounding_readers.TASKS`, the same for the whole batch
+
+The task of every step follows from the seed and the step alone, so all hosts take the same one.
+"""
+
+import dataclasses
+import functools
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Int, Int32, Integer, UInt8
+from PIL import Image
+
+from esg_jax.config import from_dict
+from esg_jax.input.grounding_readers import TASKS, GroundingSourceConfig, Narrative, Narratives, open_narratives
+from esg_jax.input.records import Entities
+from esg_jax.text.prompts import Prompts
+from esg_jax.text.sequences import SequenceBuilder, Tokenizer, TokenSequence, Turn, pad_sequences
+
+logger = logging.getLogger(__name__)
+
+# Steps over which the ratios of the tasks hold exactly.
+_BLOCK = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class GroundingDataConfig:
+    """Training data of GELLA.
+
+    sources: a dictionary of `GroundingSourceConfig` fields under a name of your choice each.
+    image_size: Sv, pixels; num_image_tokens: positions of a picture in the text, G * G.
+    map_size: Sc, pixels, a multiple of 32.
+    max_entities: N; of more, the largest are kept.
+    max_phrases: V; later phrases of a caption are left out.
+    lengths: T of the three tasks: description, extraction, grounding.
+    ratios: how often each task is drawn.
+    conversation, prompts: style of `Prompts` and the file with the wording (empty: the packaged one).
+    with_count: answers begin with the number of phrases.
+    hflip: probability of mirroring the picture, "left" and "right" in the caption with it.
+    batch_size: samples per step over all hosts.
+    num_workers, num_threads, prefetch: as in `pipeline.DataConfig`.
+    """
+
+    sources: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    image_size: int = 336
+    num_image_tokens: int = 576
+    map_size: int = 1024
+    max_entities: int = 100
+    max_phrases: int = 64
+    lengths: tuple[int, ...] = (1024, 1536, 1536)
+    ratios: tuple[float, ...] = (0.2, 0.2, 0.6)
+    conversation: str = "vicuna"
+    prompts: str = ""
+    with_count: bool = True
+    hflip: float = 0.0
+    batch_size: int = 16
+    seed: int = 0
+    num_workers: int = 0
+    num_threads: int = 2
+    prefetch: int = 2
+
+    def __post_init__(self):
+        for name in ("lengths", "ratios"):  # lists come from JSON and from command-line overrides
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if len(getattr(self, name)) != len(TASKS):
+                raise ValueError(f"data.{name} needs one value for each of {', '.join(TASKS)}")
+        if self.map_size % 32 or self.map_size <= 0:
+            raise ValueError(f"data.map_size is {self.map_size}; it must be a positive multiple of 32")
+        if min(self.ratios) < 0 or sum(self.ratios) <= 0:
+            raise ValueError(f"data.ratios are {self.ratios}; they must not be negative, nor all zero")
+        sources = {name: dataclasses.asdict(source) for name, source in self.source_configs().items()}
+        object.__setattr__(self, "sources", sources)
+
+    def source_configs(self) -> dict[str, GroundingSourceConfig]:
+        """The sources as dataclasses. Raises ValueError with the full path of an unknown field."""
+        return {
+            name: value
+            if isinstance(value, GroundingSourceConfig)
+            else from_dict(GroundingSourceConfig, value, f"data.sources.{name}")
+            for name, value in self.sources.items()
+        }
+
+
+def train_iterator(
+    config: GroundingDataConfig, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
+) -> grain.DatasetIterator:
+    """Endless batches of this host, with `get_state`/`set_state`; close it when done.
+
+    Raises:
+        ValueError, FileNotFoundError: a problem with the configuration or an annotation file; while iterating, with
+            an image or a mask.
+    """
+    dataset = train_dataset(config, tokenizer, process_index, process_count)
+    options = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
+    iterator = dataset.to_iter_dataset(options)
+    if config.num_workers:
+        # Grain's worker start reads absl flags, which only absl programs have parsed by now.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        iterator = iterator.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=config.num_workers, per_worker_buffer_size=config.prefetch)
+        )
+    return iter(iterator)
+
+
+def train_dataset(
+    config: GroundingDataConfig, tokenizer: Tokenizer, process_index: int = 0, process_count: int = 1
+) -> grain.MapDataset:
+    """The random-access dataset behind `train_iterator`: element i is the host's batch of step i."""
+    if not config.sources:
+        raise ValueError("data.sources is empty; name at least one source")
+    if config.batch_size % process_count:
+        raise ValueError(f"data.batch_size {config.batch_size} does not divide among {process_count} hosts")
+    prompts = Prompts.load(config.prompts or None, config.conversation)
+    builder = SequenceBuilder(tokenizer, prompts, config.num_image_tokens)
+    opened = {name: (open_narratives(source), source) for name, source in config.source_configs().items()}
+    tasks: list[grain.MapDataset | None] = []
+    for task, name in enumerate(TASKS):
+        if not config.ratios[task]:
+            tasks.append(None)
+            continue
+        streams, weights = [], []
+        for number, (source_name, (narratives, source)) in enumerate(opened.items()):
+            rows = _rows(narratives, name) if name in source.tasks and source.weight > 0 else np.zeros(0, np.int64)
+            if not len(rows):
+                continue
+            logger.info("data source %s: %d of %d captions for %s", source_name, len(rows), len(narratives), name)
+            stream = grain.MapDataset.source(_Rows(narratives, rows))
+            stream = stream.seed(_seed(config.seed, task, number)).shuffle().repeat()
+            streams.append(stream.random_map(ExampleMaker(task, config, builder))[process_index::process_count])
+            weights.append(source.weight)
+        if not streams:
+            raise ValueError(f"data.ratios asks for {name}, for which no source has captions")
+        mixed = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights)
+        tasks.append(mixed.batch(config.batch_size // process_count, drop_remainder=True))
+    schedule = TaskSchedule(config.ratios, config.seed)
+    return grain.MapDataset.source(schedule).map(_Pick(tuple(tasks)))
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSchedule:
+    """Which task a step has, and how many steps with that task came before it.
+
+    Tasks are shuffled within blocks of 100 steps that hold them in the wanted ratios (rounded to whole steps by
+    largest remainder), so the ratios hold at any time and a step's batch follows from its number.
+    """
+
+    ratios: tuple[float, ...]
+    seed: int
+
+    def __len__(self) -> int:
+        return 2**40
+
+    def __getitem__(self, step: int) -> tuple[int, int]:
+        block, place = divmod(int(step), _BLOCK)
+        order, before, counts = _block(self.ratios, self.seed, block)
+        task = int(order[place])
+        return task, block * int(counts[task]) + int(before[place])
+
+
+@functools.lru_cache(maxsize=8)
+def _block(ratios: tuple[float, ...], seed: int, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tasks of a block's steps, how often each task occurred before within it, and how often in all."""
+    shares = np.asarray(ratios) / sum(ratios) * _BLOCK
+    counts = np.floor(shares + 1e-9).astype(int)
+    counts[np.argsort(counts - shares, kind="stable")[: _BLOCK - counts.sum()]] += 1
+    order = np.random.default_rng((seed, block)).permutation(np.repeat(np.arange(len(ratios)), counts))
+    before = np.zeros(_BLOCK, int)
+    for task in range(len(ratios)):
+        before[order == task] = np.arange(counts[task])
+    return order, before, counts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pick:
+    """(task, index) to the batch of that task."""
+
+    tasks: tuple[grain.MapDataset | None, ...]
+
+    def __call__(self, chosen: tuple[int, int]) -> dict[str, np.ndarray]:
+        task, index = chosen
+        return self.tasks[task][index]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Chosen rows of a source, as a Grain random-access source."""
+
+    narratives: Narratives
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Narrative:
+        return self.narratives[int(self.rows[index])]
+
+
+def _rows(narratives: Narratives, task: str) -> np.ndarray:
+    if task == "grounding":
+        return np.flatnonzero(narratives.num_linked > 0)
+    return np.flatnonzero(narratives.num_phrases > 0) if task == "extraction" else np.arange(len(narratives))
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleMaker:
+    """One narrative to one sample of a batch (without the batch dimension)."""
+
+    task: int
+    config: GroundingDataConfig
+    builder: SequenceBuilder
+
+    def __call__(self, narrative: Narrative, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        config, prompts = self.config, self.builder.prompts
+        questions = prompts.description if self.task == 0 else prompts.extraction
+        question, flip = int(rng.integers(len(questions))), bool(rng.random() < config.hflip)
+        caption, phrases = narrative.caption, [(phrase.text, phrase.end) for phrase in narrative.phrases]
+        sequence, count = self._sequence(caption, phrases[: config.max_phrases], question, flip)
+        text = pad_sequences([sequence], config.lengths[self.task], config.max_phrases, self.builder.tokenizer.pad_id)
+
+        image = narrative.record.load_image()
+        entities = narrative.record.load_entities()
+        if flip:
+            image = image[:, ::-1]
+            entities = dataclasses.replace(entities, layers=[layer[:, ::-1] for layer in entities.layers])
+        pixels, image_size = square_image(image, config.image_size)
+        label_map, map_size, slots = entity_map(entities, config.map_size, config.max_entities)
+        lost = np.flatnonzero((slots < 0) & ~entities.crowd)
+        if len(lost):
+            logger.info("image %s: entities %s are too small or too many for the label map",
+                        narrative.record.name, [entities.ids[entity] for entity in lost])  # fmt: skip
+        links = np.zeros((config.max_phrases, config.max_entities), bool)
+        if self.task == 2:
+            for row, phrase in enumerate(narrative.phrases[:count]):
+                kept = slots[list(phrase.entities)]
+                links[row, kept[kept >= 0]] = True
+        return {
+            "image": pixels,
+            "image_size": image_size,
+            "label_map": label_map,
+            "map_size": map_size,
+            **{name: array[0] for name, array in text.items()},
+            "links": links,
+            "linked": links.any(axis=1),
+            "task": np.int32(self.task),
+        }
+
+    def _sequence(
+        self, caption: str, phrases: list[tuple[str, int]], question: int, flip: bool
+    ) -> tuple[TokenSequence, int]:
+        """The conversation, and how many phrases its answer has; long captions lose their end."""
+        length, prompts = self.config.lengths[self.task], self.builder.prompts
+        words = len(caption.split())
+        while True:
+            shown = mirror_words(caption) if flip else caption
+            if self.task == 0:
+                turn = Turn(prompts.description[question], shown)
+            else:
+                names = [mirror_words(text) if flip else text for text, _ in phrases]
+                answer = prompts.list_answer(names, with_count=self.config.with_count)
+                turn = Turn(prompts.extraction_question(shown, question), answer)
+            sequence = self.builder.build([turn])
+            if len(sequence) <= length:
+                return sequence, len(phrases)
+            words -= max(1, words // 8)
+            if words < 1:
+                raise ValueError(
+                    f"data.lengths: {length} tokens are too few for a question with {self.config.num_image_tokens} "
+                    "image tokens"
+                )
+            cut = list(re.finditer(r"\S+", caption))[words - 1].end()
+            caption = caption[:cut]
+            phrases = [phrase for phrase in phrases if phrase[1] <= cut]
+
+
+def mirror_words(text: str) -> str:
+    """Exchanges "left" and "right"."""
+
+    def other(match: re.Match) -> str:
+        word = "right" if match.group().lower() == "left" else "left"
+        return word.capitalize() if match.group()[0].isupper() else word
+
+    return re.sub(r"\b(left|right)\b", other, text, flags=re.IGNORECASE)
+
+
+def content_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """(height, width) after scaling the longer side to `side`."""
+    scale = side / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def square_image(
+    image_hw3: UInt8[np.ndarray, "h w 3"], side: int
+) -> tuple[UInt8[np.ndarray, "side side 3"], Int32[np.ndarray, "2"]]:
+    """The picture at its longer side `side` (bicubic), at the top left of a black square, and its (height, width)."""
+    size = content_size(*image_hw3.shape[:2], side)
+    out = np.zeros((side, side, 3), np.uint8)
+    resized = Image.fromarray(np.ascontiguousarray(image_hw3)).resize(size[::-1], Image.Resampling.BICUBIC)
+    out[: size[0], : size[1]] = np.asarray(resized)
+    return out, np.array(size, np.int32)
+
+
+def nearest_rows(size: int, new_size: int) -> Int[np.ndarray, "new_size"]:
+    """Source index of every output pixel, half-pixel centres: floor((i + 0.5) * size / new_size)."""
+    return (2 * np.arange(new_size) + 1) * size // (2 * new_size)
+
+
+def square_labels(
+    labels_hw: Integer[np.ndarray, "h w"], side: int
+) -> tuple[Integer[np.ndarray, "side side"], Int32[np.ndarray, "2"]]:
+    """A label map in the geometry of `square_image`, nearest neighbour, padded with 0, and its (height, width)."""
+    size = content_size(*labels_hw.shape, side)
+    rows, columns = nearest_rows(labels_hw.shape[0], size[0]), nearest_rows(labels_hw.shape[1], size[1])
+    out = np.zeros((side, side), labels_hw.dtype)
+    out[: size[0], : size[1]] = labels_hw[rows[:, None], columns]
+    return out, np.array(size, np.int32)
+
+
+def entity_map(
+    entities: Entities, side: int, max_entities: int
+) -> tuple[np.ndarray, Int32[np.ndarray, "2"], Int[np.ndarray, "n"]]:
+    """The label map of the network from annotated entities; of overlapping ones the smaller is on top.
+
+    Crowd regions are left out. Of more than `max_entities`, the largest at the original resolution are kept, in
+    annotation order.
+
+    Returns:
+        label_map int16 (side, side), 0 for nothing; its content's (height, width); the slot of every entity (label
+        minus 1), -1 for those left out and those of which no pixel is left.
+    """
+    areas = entities.areas()
+    kept = np.flatnonzero(~entities.crowd & (areas > 0))
+    if len(kept) > max_entities:
+        kept = np.sort(kept[np.argsort(-areas[kept], kind="stable")[:max_entities]])
+    # Rank by area, the largest lowest, so that a maximum over the layers lets the smaller entity win.
+    ranks = np.zeros(len(areas) + 1, np.int32)
+    by_area = kept[np.argsort(-areas[kept], kind="stable")]
+    ranks[by_area + 1] = np.arange(1, len(kept) + 1)
+    resized = [square_labels(layer, side) for layer in entities.layers]
+    painted = functools.reduce(np.maximum, (ranks[labels] for labels, _ in resized))
+    slot_of_rank = np.zeros(len(kept) + 1, np.int16)
+    slot_of_rank[1:] = np.searchsorted(kept, by_area) + 1
+    label_map = slot_of_rank[painted]
+    visible = np.bincount(label_map.ravel(), minlength=len(kept) + 1)[1:] > 0
+    slots = np.full(len(areas), -1)
+    slots[kept[visible]] = np.flatnonzero(visible)
+    return label_map, resized[0][1], slots
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])

@@ -1,0 +1,196 @@
+"""Entity masks from wherever they come: label maps, run-length encodings, folders of binary pictures, arrays."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from PIL import Image
+
+from esg_jax.input import rle
+from esg_jax.input.image_io import ImageError
+
+FORMATS = "a PNG label map, a JSON list of COCO RLEs, a COCO file, a .npy or .npz array, or a folder of binary PNGs"
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSet:
+    """Masks of one image, possibly overlapping.
+
+    Attributes:
+        layers: label maps at the original resolution; value k + 1 marks mask k, each mask lies in exactly one.
+        ids: what the file calls the masks.
+        scores: confidence of each; None where the source has none.
+        probabilities: per pixel, where the source has them.
+    """
+
+    layers: list[Int[np.ndarray, "h w"]]
+    ids: tuple[Any, ...]
+    scores: Float[np.ndarray, "n"] | None = None
+    probabilities: Float[np.ndarray, "n h w"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def read_masks(
+    source: str | Path | np.ndarray | Sequence[Mapping[str, Any]], size: tuple[int, int], image_name: str = ""
+) -> MaskSet:
+    """Masks of one image.
+
+    Args:
+        source: one of
+            - a PNG with one channel (0 nothing, every other value one mask) or in the RGB code of COCO panoptic;
+            - a JSON list of RLEs, or of records with `segmentation` (RLE or polygons) and perhaps `id` and `score` or
+              `predicted_iou`; such a list itself;
+            - a COCO JSON with `images` and `annotations`, from which those of `image_name` are taken;
+            - a folder of binary PNGs of the image's size, in name order; non-zero is inside;
+            - an array, or .npy / .npz (`masks`, perhaps `scores`): (h, w) integer label map, (n, h, w) boolean or
+              0/1 integer masks, or (n, h, w) probabilities.
+        size: (height, width) of the image in pixels.
+        image_name: file name of the image; only for COCO files.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unreadable, of another size, or of unknown form; names file and mask.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source, size, "the array of masks")
+    if not isinstance(source, str | Path):
+        return _from_records(source, size, "the list of masks")
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"masks not found: {path}")
+    if path.is_dir():
+        return _from_folder(path, size)
+    if path.suffix == ".json":
+        return _from_json(path, size, image_name)
+    if path.suffix in (".npy", ".npz"):
+        return _from_numpy(path, size)
+    return _from_array(_label_image(path), size, str(path))
+
+
+def _label_image(path: Path) -> np.ndarray:
+    """Gray values, palette indices, or ids in COCO's RGB code."""
+    try:
+        with Image.open(path) as image:
+            values = np.asarray(image)
+    except Exception as error:
+        raise ImageError(f"cannot read masks {path}: {error}; expected {FORMATS}") from error
+    if values.ndim == 2:
+        return values
+    if values.shape[-1] == 3:
+        return values.astype(np.int64) @ np.array([1, 256, 65536])
+    raise ImageError(f"label map {path} has {values.shape[-1]} channels, expected one, or three in COCO's id code")
+
+
+def _from_json(path: Path, size: tuple[int, int], image_name: str) -> MaskSet:
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if isinstance(content, Mapping):
+        images, annotations = content.get("images"), content.get("annotations")
+        if not isinstance(images, list) or not isinstance(annotations, list):
+            raise ValueError(f"{path} is a dictionary without 'images' and 'annotations'; expected {FORMATS}")
+        names = [Path(str(image.get("file_name"))).name for image in images]
+        if names.count(image_name) != 1:
+            raise ValueError(f"{path} lists {names.count(image_name)} images named {image_name!r}, expected one")
+        image_id = images[names.index(image_name)]["id"]
+        content = [entry for entry in annotations if entry.get("image_id") == image_id and not entry.get("iscrowd")]
+    return _from_records(content, size, str(path))
+
+
+def _from_records(records: Any, size: tuple[int, int], name: str) -> MaskSet:
+    if not isinstance(records, Sequence) or isinstance(records, str):
+        raise ValueError(f"{name} holds a {type(records).__name__}, expected a list of RLEs")
+    counts, ids, scores = [], [], []
+    for number, record in enumerate(records):
+        if not isinstance(record, Mapping):
+            raise ValueError(f"{name}: mask {number} is a {type(record).__name__}, expected an RLE or a COCO record")
+        try:
+            counts.append(rle.counts_of(record.get("segmentation", record), *size))
+        except ValueError as error:
+            raise ValueError(f"{name}: mask {number}: {error}") from error
+        ids.append(record.get("id", number + 1))
+        scores.append(record.get("score", record.get("predicted_iou", math.nan)))
+    # Label layers of nothing would have no size.
+    layers = rle.label_layers(counts, *size) if counts else [np.zeros(size, np.uint8)]
+    known = np.array(scores, np.float32)
+    return MaskSet(layers, tuple(ids), None if np.isnan(known).any() or not ids else known)
+
+
+def _from_folder(path: Path, size: tuple[int, int]) -> MaskSet:
+    files = sorted(path.glob("*.png"))
+    if not files:
+        raise FileNotFoundError(f"no PNG in folder of masks {path}")
+    counts = []
+    for file in files:
+        values = _label_image(file)
+        _check_size(values.shape, size, str(file))
+        counts.append(_runs(values != 0))
+    return MaskSet(rle.label_layers(counts, *size), tuple(file.stem for file in files))
+
+
+def _from_numpy(path: Path, size: tuple[int, int]) -> MaskSet:
+    try:
+        content = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"cannot read masks {path}: {error}") from error
+    if isinstance(content, np.ndarray):
+        return _from_array(content, size, str(path))
+    if "label_map" in content:  # written by `esg predict --formats npz`: -1 nothing
+        masks = _from_array(content["label_map"].astype(np.int64) + 1, size, str(path))
+        scores = content["scores"][[label - 1 for label in masks.ids]] if "scores" in content else None
+        return dataclasses.replace(masks, scores=scores)
+    if "masks" not in content:
+        raise ValueError(f"{path} has no array 'masks'; it has {', '.join(content) or 'nothing'}")
+    masks = _from_array(content["masks"], size, str(path))
+    if "scores" not in content:
+        return masks
+    scores = np.asarray(content["scores"], np.float32)
+    if scores.shape != (len(masks),):
+        raise ValueError(f"{path}: scores of shape {scores.shape} for {len(masks)} masks")
+    return dataclasses.replace(masks, scores=scores)
+
+
+def _from_array(array: np.ndarray, size: tuple[int, int], name: str) -> MaskSet:
+    if array.ndim not in (2, 3):
+        raise ValueError(f"{name} has shape {array.shape}; expected (height, width) or (masks, height, width)")
+    _check_size(array.shape[-2:], size, name)
+    if array.ndim == 2:
+        if not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"{name} is a label map of {array.dtype}; expected integers")
+        if array.size and array.min() < 0:
+            raise ValueError(f"{name} is a label map with the value {array.min()}; expected 0 for nothing and up")
+        values, inverse = np.unique(array, return_inverse=True)
+        ranks = np.cumsum(values != 0) * (values != 0)
+        return MaskSet([ranks.astype(np.int32)[inverse.reshape(array.shape)]], tuple(values[values != 0].tolist()))
+    probabilities = None
+    if np.issubdtype(array.dtype, np.floating):
+        if array.size and not (array.min() >= 0 and array.max() <= 1):
+            raise ValueError(f"{name} has values outside of 0..1; expected probabilities (apply a sigmoid to logits)")
+        probabilities = array.astype(np.float32)
+        array = array > 0.5
+    elif array.size and array.max() > 1 or array.size and array.min() < 0:
+        raise ValueError(f"{name} of {array.dtype} has values other than 0 and 1; expected binary masks")
+    counts = [_runs(mask) for mask in array]
+    layers = rle.label_layers(counts, *size) if counts else [np.zeros(size, np.uint8)]
+    return MaskSet(layers, tuple(range(1, len(array) + 1)), None, probabilities)
+
+
+def _runs(mask_hw: np.ndarray) -> np.ndarray:
+    """COCO run lengths of a binary mask."""
+    flat = np.asarray(mask_hw, bool).ravel(order="F")
+    edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    counts = np.diff(np.concatenate([[0], edges, [flat.size]]))
+    return np.concatenate([[0], counts]) if flat.size and flat[0] else counts
+
+
+def _check_size(shape: tuple[int, ...], size: tuple[int, int], name: str) -> None:
+    if tuple(shape) != tuple(size):
+        raise ValueError(f"{name} is {shape[0]}x{shape[1]} pixels, its image is {size[0]}x{size[1]} (height x width)")
