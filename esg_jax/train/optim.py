@@ -24,6 +24,7 @@ class OptimConfig:
     Attributes:
         learning_rate: at the start, before multipliers.
         backbone_multiplier: of parameters below `backbone.`.
+        multipliers: further (pattern of names, factor) pairs; the first pattern found in a name decides.
         weight_decay: decoupled; multiplied by the learning rate of the parameter.
         no_decay: patterns of parameter names that do not decay. Biases of linear and convolution layers do.
         beta1, beta2, eps: of Adam.
@@ -38,6 +39,7 @@ class OptimConfig:
 
     learning_rate: float = 1e-4
     backbone_multiplier: float = 0.1
+    multipliers: tuple[tuple[str, float], ...] = ()
     weight_decay: float = 0.05
     no_decay: tuple[str, ...] = (NORM_PATTERN, EMBEDDING_PATTERN, POSITION_TABLE_PATTERN)
     beta1: float = 0.9
@@ -51,6 +53,7 @@ class OptimConfig:
     warmup_steps: int = 0
 
     def __post_init__(self):
+        object.__setattr__(self, "multipliers", tuple((pattern, factor) for pattern, factor in self.multipliers))
         if self.schedule not in ("poly", "step", "constant"):
             raise ValueError(f"optim.schedule is {self.schedule!r}; choose poly, step or constant")
         if list(self.milestones) != sorted(self.milestones):
@@ -59,7 +62,8 @@ class OptimConfig:
 
 def learning_rate_multipliers(names: Iterable[str], config: OptimConfig) -> dict[str, float]:
     """Factor on the learning rate of every parameter."""
-    return {name: config.backbone_multiplier if name.startswith("backbone.") else 1.0 for name in names}
+    rules = ((r"^backbone\.", config.backbone_multiplier), *config.multipliers)
+    return {name: next((factor for pattern, factor in rules if re.search(pattern, name)), 1.0) for name in names}
 
 
 def decay_mask(names: Iterable[str], config: OptimConfig) -> dict[str, bool]:

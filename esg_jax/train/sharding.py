@@ -39,6 +39,13 @@ Rules = Sequence[tuple[str, Placement]]
 # Tensor parallelism splits the middle of each pair of matrices: columns of the first, rows of the second. The last
 # rule is the documented fallback; without it an unmatched parameter is an error.
 DEFAULT_RULES: Rules = (
+    # The language model and CLIP: a leading layer axis, which the scan over layers walks and nothing splits.
+    (r"(^|\.)(llm|image_encoder)\.layers\..*attention\.(query|key|value)\.kernel$", P(None, FSDP, MODEL)),
+    (r"(^|\.)(llm|image_encoder)\.layers\..*attention\.out\.kernel$", P(None, MODEL, FSDP)),
+    (r"(^|\.)(llm|image_encoder)\.layers\..*(gate|up|fc1)\.kernel$", P(None, FSDP, MODEL)),
+    (r"(^|\.)(llm|image_encoder)\.layers\..*(down|fc2)\.kernel$", P(None, MODEL, FSDP)),
+    (r"(^|\.)llm\.embed\.embedding$", P(MODEL, FSDP)),
+    (r"(^|\.)llm\.head\.kernel$", P(FSDP, MODEL)),
     (r"(scale|bias|relative_position_bias_table|_embed|query_feat)$", P()),
     (r"attention\.(query|key|value|qkv)\.kernel$", P(FSDP, MODEL)),
     (r"attention\.(out|proj)\.kernel$", P(MODEL, FSDP)),

@@ -1,7 +1,8 @@
 """What a training run carries from step to step, and how a module becomes plain arrays and back."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -51,11 +52,32 @@ class ModelDef:
     `nnx.jit` in Python time, works in graph and in tree mode, and leaves nothing mutable between steps.
     """
 
-    def __init__(self, build: Callable[[], nnx.Module]):
-        """Traces `build`, a function that creates the module, without allocating anything."""
-        self._build = build
-        self._graphdef, params, rest = nnx.split(nnx.eval_shape(build), nnx.Param, ...)
-        self._params, self._constants = nnx.to_flat_state(params), nnx.to_flat_state(rest)
+    def __init__(self, build: Callable[[], nnx.Module], *, frozen: str = "", frozen_dtype: Any = None):
+        """Traces `build`, a function that creates the module, without allocating anything.
+
+        Args:
+            build: creates the module.
+            frozen: pattern of parameter names that are not trained; they become constants. Empty freezes none.
+            frozen_dtype: type they are stored in; by default their own.
+        """
+        self._build, self._frozen, self._frozen_dtype = build, frozen, frozen_dtype
+        self._graphdef, params, rest = nnx.split(nnx.eval_shape(build), self._is_trained, ...)
+        self._params = nnx.to_flat_state(params)
+        self._constants = [(path, self._store(variable)) for path, variable in nnx.to_flat_state(rest)]
+
+    def _is_trained(self, path: tuple[Any, ...], variable: Any) -> bool:
+        if not isinstance(variable, nnx.Param):
+            return False
+        return not self._frozen or re.search(self._frozen, dotted(path)) is None
+
+    def _store(self, variable: nnx.Variable) -> nnx.Variable:
+        """A constant as it is stored: frozen parameters in their own type."""
+        if self._frozen_dtype is None or not isinstance(variable, nnx.Param):
+            return variable
+        value = variable.get_value()
+        if isinstance(value, jax.ShapeDtypeStruct):
+            return variable.replace(jax.ShapeDtypeStruct(value.shape, self._frozen_dtype))
+        return variable.replace(value.astype(self._frozen_dtype))
 
     @property
     def params(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -69,8 +91,9 @@ class ModelDef:
 
     def init(self) -> tuple[Arrays, Arrays]:
         """Random (params, constants); meant to be traced by jit."""
-        _, params, rest = nnx.split(self._build(), nnx.Param, ...)
-        return _arrays(nnx.to_flat_state(params)), _arrays(nnx.to_flat_state(rest))
+        _, params, rest = nnx.split(self._build(), self._is_trained, ...)
+        constants = [(path, self._store(variable)) for path, variable in nnx.to_flat_state(rest)]
+        return _arrays(nnx.to_flat_state(params)), _arrays(constants)
 
     def merge(self, params: Mapping[str, jax.Array], constants: Mapping[str, jax.Array]) -> nnx.Module:
         """The module with these arrays; safe inside jit and grad.
@@ -87,11 +110,11 @@ def dotted(path: tuple[Any, ...]) -> str:
     return ".".join(str(key) for key in path)
 
 
-def _arrays(flat: nnx.statelib.FlatState) -> dict[str, Any]:
+def _arrays(flat: Iterable[tuple[tuple[Any, ...], nnx.Variable]]) -> dict[str, Any]:
     return {dotted(path): variable.get_value() for path, variable in flat}
 
 
-def _fill(flat: nnx.statelib.FlatState, arrays: Mapping[str, jax.Array]) -> nnx.State:
+def _fill(flat: Iterable[tuple[tuple[Any, ...], nnx.Variable]], arrays: Mapping[str, jax.Array]) -> nnx.State:
     return nnx.from_flat_state([(path, variable.replace(arrays[dotted(path)])) for path, variable in flat])
 
 

@@ -23,7 +23,14 @@ Metrics = dict[str, jax.Array]
 
 
 class Task(Protocol):
-    """Connects a model to its loss."""
+    """Connects a model to its loss.
+
+    Attributes:
+        whole_batch: the loss takes the whole, sharded batch and leaves partitioning to the compiler, as language models
+            want it; otherwise it is called for each device's own images (see `map_images`).
+    """
+
+    whole_batch: bool
 
     def normalizers(self, batch: Batch) -> Any:
         """Sums over the whole batch that divide the loss; they depend on targets only."""
@@ -33,6 +40,7 @@ class Task(Protocol):
         """Scalar loss and its named terms for some of the images, one random key each.
 
         Must be a plain sum over images: summed over devices and micro-batches it is the loss of the whole batch.
+        It runs inside `jax.set_mesh`.
         """
         ...
 
@@ -171,7 +179,8 @@ class TrainStep:
             return self.task.loss(self.model.merge(params, constants), micro, keys, normalizers)
 
         images = sharding.BATCH_SPEC
-        mapped = map_images(local_loss, self.mesh, (P(), P(), images, images, P()))
+        in_specs = (P(), P(), images, images, P())
+        mapped = local_loss if self.task.whole_batch else map_images(local_loss, self.mesh, in_specs)
 
         def loss_fn(params, micro, keys):
             return mapped(params, state.constants, micro, keys, normalizers)

@@ -4,9 +4,16 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
 
-from esg_jax.losses.cropformer import LossConfig, cropformer_loss, loss_normalizers
+from esg_jax.losses.cropformer import LossConfig, cropformer_loss, loss_and_assignment, loss_normalizers
+from esg_jax.losses.gella import GellaLossConfig, answer_loss, association_loss
+from esg_jax.models.colormap import pack_labels
 from esg_jax.models.cropformer import CropFormer
+from esg_jax.models.gella import Gella
+from esg_jax.train import sharding
 from esg_jax.train.step import Batch, Metrics
 
 
@@ -21,6 +28,7 @@ class SegmentationTask:
 
     config: LossConfig
     num_queries: int
+    whole_batch = False
 
     def normalizers(self, batch: Batch) -> Any:
         """Numbers of target masks and sums of class weights over the batch."""
@@ -32,3 +40,111 @@ class SegmentationTask:
         keys = jax.vmap(lambda key: jax.random.split(key, views + 1))(keys)  # (images, views + 1)
         output = model(batch["image"], batch["size"], drop_path_key=keys[:, 1:].reshape(-1))
         return cropformer_loss(output, batch, keys[:, 0], self.config, normalizers=normalizers)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroundingTask:
+    """GELLA: reconstruction of entities, their association with nouns, and answers.
+
+    Batches of text only (without `label_map`) train the answers alone; a model without language model trains the
+    reconstruction alone. Each kind of batch is a program of its own.
+
+    Attributes:
+        config: weights of the losses.
+        num_queries: of the mask decoder.
+    """
+
+    config: GellaLossConfig
+    num_queries: int
+    whole_batch = True
+
+    def normalizers(self, batch: Batch) -> Any:
+        """Numbers of entities, of nouns with a link and of answer tokens over the batch."""
+        out = {}
+        if "label_map" in batch:
+            present = self._targets(batch)["present"]
+            out |= loss_normalizers({"present": present, "valid": present[..., None]}, self.num_queries,
+                                    self.config.reconstruction)  # fmt: skip
+        if "ids" in batch:
+            out["tokens"] = jnp.sum(batch["answer"][:, 1:]).astype(jnp.float32)
+            if "links" in batch:
+                out["nouns"] = jnp.sum(batch["linked"] & batch["seg_valid"]).astype(jnp.float32)
+        return out
+
+    def loss(self, model: Gella, batch: Batch, keys: jax.Array, normalizers: Any) -> tuple[jax.Array, Metrics]:
+        """All losses that the batch has targets for."""
+        config = self.config
+        total, terms = jnp.zeros(()), {}
+        keys = jax.vmap(lambda key: jax.random.split(key, 3))(keys)  # colours, points, drop path
+        vision = self._vision(model, batch, keys, normalizers)
+        if "label_map" in batch:
+            segmentation, terms, embed, assignment = vision[1:]
+            total += config.segmentation * segmentation
+        if "ids" in batch:
+            hidden = model.text(vision[0], batch["ids"])
+            answer = answer_loss(
+                model.llm.logits, hidden, batch["ids"], batch["answer"], normalizer=normalizers["tokens"]
+            )
+            terms["loss_answer"] = config.answer * answer
+            total += terms["loss_answer"]
+            if "links" in batch:
+                logits = model.associate(model.noun_states(hidden, batch["seg_pos"]), embed)
+                association = association_loss(
+                    logits,
+                    batch["links"],
+                    batch["linked"] & batch["seg_valid"],
+                    assignment,
+                    config,
+                    normalizer=normalizers["nouns"],
+                )
+                terms["loss_association"] = config.association * association
+                total += terms["loss_association"]
+        return total, terms
+
+    def _targets(self, batch: Batch) -> dict[str, jax.Array]:
+        """Reconstruction targets: the entities painted into the label maps."""
+        masks, present = pack_labels(batch["label_map"], self.num_queries)
+        return {
+            "masks": masks[:, :, None],
+            "labels": jnp.zeros(present.shape, jnp.int32),
+            "present": present,
+            "valid": present[..., None],
+        }
+
+    def _vision(self, model: Gella, batch: Batch, keys: jax.Array, normalizers: Any) -> tuple:
+        """Image grid and, with label maps, the loss, its terms, E_vc and the assignment.
+
+        Every device works on its own images, with the weights of this small branch whole: matching and kernels must
+        not be partitioned, see `map_images`.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        graph, state = nnx.split(model.visual)
+        images = {name: batch[name] for name in ("image", "image_size", "label_map") if name in batch}
+
+        def local(state, images, keys, normalizers):
+            branch = nnx.merge(graph, state)
+            vision = branch.vision_tokens(images["image"], images["image_size"])
+            if "label_map" not in images:
+                return (vision,)
+            output = branch.entities(
+                vision, images["label_map"], keys[:, 0], drop_path_key=keys[:, 2], all_predictions=True
+            )
+            loss, terms, assignment = loss_and_assignment(
+                output.masks, self._targets(images), keys[:, 1], self.config.reconstruction, normalizers=normalizers
+            )
+            sums = jax.tree.map(lambda x: x[None], (loss, terms))
+            return vision, *sums, output.embed, assignment
+
+        if mesh.empty:
+            out = local(state, images, keys, normalizers)
+        else:
+            axes = set(mesh.axis_names) if mesh.shape[sharding.MODEL] == 1 else set(sharding.BATCH_AXES)
+            spec = sharding.BATCH_SPEC
+            out = jax.shard_map(
+                local, mesh=mesh, in_specs=(P(), spec, spec, P()), out_specs=spec, axis_names=axes, check_vma=False
+            )(state, images, keys, normalizers)
+        if len(out) == 1:
+            return out
+        vision, loss, terms, *rest = out
+        loss, terms = jax.tree.map(lambda x: jnp.sum(x, axis=0), (loss, terms))
+        return vision, loss, terms, *rest

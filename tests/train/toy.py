@@ -31,6 +31,9 @@ class Toy(nnx.Module):
 class ToyTask:
     """Weighted squared error with noise drawn per image; weights make the mean depend on the whole batch."""
 
+    def __init__(self, whole_batch: bool = False):
+        self.whole_batch = whole_batch
+
     def normalizers(self, batch):
         return batch["weight"].sum()
 

@@ -1,0 +1,225 @@
+"""GELLA: grounds the nouns of a text in given entity masks (ESG, sections 4.2-4.3).
+
+Two branches meet in the association module. The vision branch sees the masks as a colormap together with the image and
+gives an embedding per entity; the language branch sees the image and the text and gives one per noun, the hidden state
+of the `<SEG>` token behind it. Masks may come from any segmenter.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Num
+
+from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
+from esg_jax.models.clip import CLIP_MEAN, CLIP_STD, ClipVision, ClipVisionConfig
+from esg_jax.models.colormap import ColormapConfig, colorize
+from esg_jax.models.entity_encoder import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    EntityEncoder,
+    EntityEncoderConfig,
+    EntityOutput,
+)
+from esg_jax.models.grounding_association import GroundingAssociation, GroundingAssociationConfig
+from esg_jax.models.llama import Llama, LlamaConfig
+from esg_jax.models.llava import Projector, insert_image
+
+
+@dataclasses.dataclass(frozen=True)
+class GellaConfig:
+    """Everything that determines the parameters of a model.
+
+    Attributes:
+        entities: the vision branch.
+        vision: the image encoder. CLIP as in the paper, or an ImageNet MobileNetV2, whose stride-32 map stands in for
+            CLIP's grid where no CLIP weights are to be had.
+        image_size: side of the square image in pixels; CLIP's own, or a multiple of 32 for MobileNetV2.
+        select_layer: of CLIP: -2 as LLaVA-1.5, whose projector was trained on it; the paper's text says the last.
+        colormap: size and colours.
+        llm: the language model, or None for the vision branch alone (reconstruction, Table 16).
+        projector: "mlp2x_gelu" (LLaVA-1.5, from which GELLA starts) or "linear" (the paper's text).
+        association: of nouns and entities.
+        image_id, seg_id: ids of the image placeholder and of `<SEG>`.
+        seg_hidden: a noun's embedding is the state "at" its `<SEG>` token, or at the token that "predict"s it.
+    """
+
+    entities: EntityEncoderConfig = EntityEncoderConfig()
+    vision: ClipVisionConfig | MobileNetV2Config = ClipVisionConfig()
+    image_size: int = 336
+    select_layer: int = -2
+    colormap: ColormapConfig = ColormapConfig()
+    llm: LlamaConfig | None = LlamaConfig()
+    projector: str = "mlp2x_gelu"
+    association: GroundingAssociationConfig = GroundingAssociationConfig()
+    image_id: int = 32000
+    seg_id: int = 32002
+    seg_hidden: str = "at"
+
+    def __post_init__(self):
+        if isinstance(self.vision, ClipVisionConfig) and self.vision.image_size != self.image_size:
+            raise ValueError(
+                f"image_size is {self.image_size}, vision.image_size {self.vision.image_size}; make them equal"
+            )
+        if isinstance(self.vision, MobileNetV2Config) and self.image_size % 32:
+            raise ValueError(f"image_size is {self.image_size}; MobileNetV2 needs a multiple of 32")
+        if self.seg_hidden not in ("at", "predict"):
+            raise ValueError(f"seg_hidden is {self.seg_hidden!r}; choose at or predict")
+
+    @property
+    def grid(self) -> int:
+        """Side of the image encoder's grid; the image takes grid^2 positions of the text."""
+        return self.vision.grid if isinstance(self.vision, ClipVisionConfig) else self.image_size // 32
+
+    @property
+    def num_queries(self) -> int:
+        """Queries of the mask decoder: the largest number of entities that can be told apart."""
+        return self.entities.mask_decoder.num_queries
+
+    @classmethod
+    def vicuna_7b(cls) -> "GellaConfig":
+        """The paper's model: CLIP ViT-L/14 at 336 pixels, Vicuna-7B, MobileNetV2 for colormaps."""
+        return cls()
+
+    @classmethod
+    def vicuna_13b(cls) -> "GellaConfig":
+        """The same with Vicuna-13B."""
+        return cls(llm=LlamaConfig.llama_13b())
+
+
+class VisionBranch(nnx.Module):
+    """Image encoder and entity encoder: all that sees pixels. Trained alone, it reconstructs masks (Table 16)."""
+
+    def __init__(
+        self,
+        config: GellaConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        remat: bool = False,
+    ):
+        kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=remat)
+        self.config = config
+        self.dtype = dtype
+        if isinstance(config.vision, ClipVisionConfig):
+            self.image_encoder = ClipVision(config.vision, **kwargs)
+            self.image_channels = config.vision.width
+        else:
+            self.image_encoder = MobileNetV2(config.vision, **kwargs)
+            self.image_channels = self.image_encoder.out_channels[-1]
+        self.entity_encoder = EntityEncoder(config.entities, self.image_channels, **kwargs)
+
+    def vision_tokens(self, image_bhwc: Num[Array, "b s s 3"], size_b2: Int[Array, "b 2"]) -> Float[Array, "b g g c"]:
+        """Zv: the image encoder's grid.
+
+        Args:
+            image_bhwc: RGB on the 0..255 scale, longer side `image_size`, content at the top left, anything in the
+                padding.
+            size_b2: (height, width) before padding, in pixels.
+
+        Raises:
+            ValueError: the image has another size than the configuration says.
+        """
+        side = self.config.image_size
+        if image_bhwc.shape[1:] != (side, side, 3):
+            raise ValueError(
+                f"images must have shape {(side, side, 3)} (config.image_size), not {image_bhwc.shape[1:]}"
+            )
+        clip = isinstance(self.config.vision, ClipVisionConfig)
+        mean, std = (
+            (255 * np.array(CLIP_MEAN, np.float32), 255 * np.array(CLIP_STD, np.float32))
+            if clip
+            else (np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32))
+        )
+        image = (image_bhwc.astype(jnp.float32) - mean) / std
+        # Zero after normalisation is the mean colour, with which LLaVA-1.5 pads.
+        rows = jnp.arange(side)[:, None, None] < size_b2[:, 0, None, None, None]
+        columns = jnp.arange(side)[:, None] < size_b2[:, 1, None, None, None]
+        image = jnp.where(rows & columns, image, 0.0).astype(self.dtype)
+        return self.image_encoder(image, self.config.select_layer) if clip else self.image_encoder(image)[-1]
+
+    def entities(
+        self,
+        vision_bghc: Float[Array, "b g g c"],
+        label_map_bhw: Int[Array, "b h w"],
+        keys_b: Array,
+        *,
+        drop_path_key: Array | None = None,
+        all_predictions: bool = False,
+    ) -> EntityOutput:
+        """E_vc and the reconstructed masks of the entities in label maps.
+
+        Args:
+            vision_bghc: from `vision_tokens`.
+            label_map_bhw: 0 none, 1.. entities; of any sides that are multiples of 32, usually `colormap.size`.
+            keys_b: a typed key per image, for the colours.
+            drop_path_key: see `EntityEncoder`.
+            all_predictions: keep those of every decoder layer, as training needs.
+        """
+        colormap = colorize(label_map_bhw, keys_b, self.config.num_queries, self.config.colormap)
+        return self.entity_encoder(vision_bghc, colormap, drop_path_key=drop_path_key, all_predictions=all_predictions)
+
+
+class Gella(nnx.Module):
+    """Vision branch, language branch, association."""
+
+    def __init__(
+        self,
+        config: GellaConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        remat: bool = False,
+    ):
+        """Creates the parameters; `remat` recomputes every block in the backward pass."""
+        kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        self.config = config
+        self.dtype = dtype
+        self.visual = VisionBranch(config, remat=remat, **kwargs)
+        if config.llm is None:
+            return
+        self.projector = Projector(config.projector, self.visual.image_channels, config.llm.width, **kwargs)
+        self.llm = Llama(config.llm, remat=remat, **kwargs)
+        self.association = GroundingAssociation(
+            config.association,
+            config.llm.width,
+            config.entities.mask_decoder.hidden_dim,
+            rngs=rngs,
+            param_dtype=param_dtype,
+        )
+
+    def vision_tokens(self, image_bhwc: Num[Array, "b s s 3"], size_b2: Int[Array, "b 2"]) -> Float[Array, "b g g c"]:
+        """See `VisionBranch.vision_tokens`."""
+        return self.visual.vision_tokens(image_bhwc, size_b2)
+
+    def entities(
+        self, vision_bghc: Float[Array, "b g g c"], label_map_bhw: Int[Array, "b h w"], keys_b: Array, **kwargs
+    ) -> EntityOutput:
+        """See `VisionBranch.entities`."""
+        return self.visual.entities(vision_bghc, label_map_bhw, keys_b, **kwargs)
+
+    def embed_text(self, vision_bghc: Float[Array, "b g g c"], ids_bt: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """The language model's input: embedded tokens, with the projected image where `image_id` stands."""
+        image = self.projector(vision_bghc.reshape(len(vision_bghc), -1, vision_bghc.shape[-1]))
+        return insert_image(self.llm.embed(ids_bt), ids_bt, self.config.image_id, image)
+
+    def text(
+        self,
+        vision_bghc: Float[Array, "b g g c"],
+        ids_bt: Int[Array, "b t"],
+    ) -> Float[Array, "b t d"]:
+        """Hidden states after the final norm."""
+        hidden, _ = self.llm(self.embed_text(vision_bghc, ids_bt))
+        return hidden
+
+    def noun_states(self, hidden_btd: Float[Array, "b t d"], seg_pos_bv: Int[Array, "b v"]) -> Float[Array, "b v d"]:
+        """E_vl: the states of the nouns whose `<SEG>` tokens are at these positions."""
+        position = seg_pos_bv if self.config.seg_hidden == "at" else jnp.maximum(seg_pos_bv - 1, 0)
+        return jnp.take_along_axis(hidden_btd, position[..., None], axis=1)
+
+    def associate(self, nouns_bvd: Float[Array, "b v d"], entities_bqc: Float[Array, "b q c"]) -> Float[Array, "b v q"]:
+        """A of eq. 16: logits of "noun v is the entity of query q", float32."""
+        return self.association(nouns_bvd, entities_bqc)

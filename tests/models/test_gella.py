@@ -1,0 +1,143 @@
+"""The whole GELLA at tiny size: shapes, what depends on what, and every loss through a training step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from esg_jax.losses.cropformer import LossConfig
+from esg_jax.losses.gella import GellaLossConfig
+from esg_jax.models.gella import Gella
+from esg_jax.train.optim import OptimConfig
+from esg_jax.train.sharding import make_mesh
+from esg_jax.train.state import ModelDef
+from esg_jax.train.step import TrainStep
+from esg_jax.train.tasks import GroundingTask
+
+pytestmark = pytest.mark.slow
+LENGTH, NOUNS = 24, 3
+
+
+@pytest.fixture(scope="module")
+def config(tiny_gella_config):
+    return tiny_gella_config
+
+
+@pytest.fixture(scope="module")
+def model(config):
+    return Gella(config, rngs=nnx.Rngs(0))
+
+
+def make_batch(config, size=4, seed=0):
+    rng = np.random.default_rng(seed)
+    side, places = config.colormap.size, config.grid**2
+    label_map = np.zeros((size, side, side), np.int16)
+    for row in range(size):
+        for entity in range(1, 4):
+            y, x = rng.integers(0, side - 20, 2)
+            label_map[row, y : y + 20, x : x + 20] = entity
+    ids = rng.integers(3, 40, (size, LENGTH + places)).astype(np.int32)
+    ids[:, 2 : 2 + places] = config.image_id
+    seg_pos = np.tile(2 + places + np.array([6, 10, 14], np.int32), (size, 1))
+    np.put_along_axis(ids, seg_pos, config.seg_id, axis=1)
+    answer = np.zeros(ids.shape, bool)
+    answer[:, 2 + places + 4 : -3] = True
+    links = np.zeros((size, NOUNS, config.num_queries), bool)
+    links[:, 0, 0] = links[:, 1, 1] = links[:, 1, 2] = True
+    return {
+        "image": rng.integers(0, 256, (size, config.image_size, config.image_size, 3), np.uint8),
+        "image_size": np.tile(np.array([config.image_size, config.image_size - 8], np.int32), (size, 1)),
+        "label_map": label_map,
+        "ids": ids,
+        "answer": answer,
+        "seg_pos": seg_pos,
+        "seg_valid": np.ones((size, NOUNS), bool),
+        "links": links,
+        "linked": links.any(-1),
+    }
+
+
+def test_forward_shapes_and_padding(config, model):
+    batch = make_batch(config, 2)
+
+    @nnx.jit
+    def run(model, batch):
+        vision = model.vision_tokens(batch["image"], batch["image_size"])
+        out = model.entities(vision, batch["label_map"], jax.random.split(jax.random.key(0), 2))
+        hidden = model.text(vision, batch["ids"])
+        return vision, out, model.associate(model.noun_states(hidden, batch["seg_pos"]), out.embed)
+
+    vision, out, logits = run(model, batch)
+    queries = config.num_queries
+    assert vision.shape[:3] == (2, config.grid, config.grid)
+    assert out.embed.shape == (2, queries, config.entities.mask_decoder.hidden_dim)
+    assert out.masks.image_mask_logits().shape == (2, 1, queries, config.colormap.size // 4, config.colormap.size // 4)
+    assert logits.shape == (2, NOUNS, queries) and logits.dtype == jnp.float32
+    assert np.abs(logits).max() < 2, "fresh association logits should be small"
+    painted = dict(batch, image=batch["image"].copy())
+    painted["image"][:, :, -8:] = 0  # the padding
+    np.testing.assert_array_equal(run(model, painted)[0], vision)
+
+
+def test_wrong_image_size_is_refused(model):
+    with pytest.raises(ValueError, match="image_size"):
+        model.vision_tokens(jnp.zeros((1, 40, 32, 3)), jnp.array([[40, 32]]))
+
+
+def train_step(config, devices, frozen="", accumulate=1):
+    from esg_jax.train.step import StepConfig
+
+    loss = GellaLossConfig(reconstruction=LossConfig(num_points=64, shared_points=True))
+    return TrainStep(
+        ModelDef(lambda: Gella(config, rngs=nnx.Rngs(0)), frozen=frozen),
+        GroundingTask(loss, config.num_queries),
+        optim=OptimConfig(learning_rate=1e-3, clip_norm=1.0, schedule="constant"),
+        total_steps=10,
+        mesh=make_mesh(*devices, devices=jax.devices()[: int(np.prod(devices))]),
+        config=StepConfig(accumulate=accumulate),
+    )
+
+
+def run_steps(step, batches):
+    state = step.init()
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        losses.append({name: float(value) for name, value in metrics.items()})
+    return state, losses
+
+
+@pytest.fixture(scope="module")
+def one_device(config):
+    return run_steps(train_step(config, (1, 1, 1)), [make_batch(config, 4, seed) for seed in range(2)])
+
+
+def test_all_losses_are_there_and_weights_move(config, one_device):
+    state, losses = one_device
+    for terms in losses:
+        assert {"loss_answer", "loss_association", "loss_ce", "loss_mask", "loss_dice", "loss_dice_0"} <= set(terms)
+        assert all(np.isfinite(value) for value in terms.values())
+        total = sum(value for name, value in terms.items() if name.startswith("loss_"))
+        np.testing.assert_allclose(terms["loss"], total, rtol=1e-5)
+
+
+def test_eight_devices_equal_one(config, one_device):
+    _, expected = one_device
+    _, losses = run_steps(train_step(config, (1, 4, 2)), [make_batch(config, 4, seed) for seed in range(2)])
+    for ours, theirs in zip(losses, expected, strict=True):
+        for name in ("loss", "loss_answer", "loss_association", "grad_norm"):
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=2e-5)
+
+
+def test_text_only_batches_and_frozen_weights(config):
+    step = train_step(config, (1, 1, 1), frozen=r"^(visual\.image_encoder|llm)\.")
+    assert not any(name.startswith(("llm.", "visual.image_encoder.")) for name in step.model.params)
+    text = {
+        name: value for name, value in make_batch(config, 2).items() if name not in ("label_map", "links", "linked")
+    }
+    before = step.init()
+    llm = np.asarray(before.constants["llm.norm.scale"])
+    state, losses = run_steps(step, [text])
+    assert set(name for name in losses[0] if name.startswith("loss_")) == {"loss_answer"}
+    np.testing.assert_array_equal(state.constants["llm.norm.scale"], llm)
