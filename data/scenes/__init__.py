@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from data.scenes.layout import make_layout
+from data.scenes.layout import Layout, make_layout
 from data.scenes.render import render
 
 
@@ -29,12 +29,17 @@ class Scene:
     style: str
 
 
-def render_scene(seed: int | tuple[int, ...], config: SceneConfig | None = None) -> Scene:
-    """The scene of a seed; equal seeds give equal pixels (with equal versions of numpy, PIL and scikit-image)."""
+def scene_layout(seed: int | tuple[int, ...], config: SceneConfig | None = None) -> tuple[np.random.Generator, Layout]:
+    """What is where in the scene of a seed, and the generator that its painting goes on with."""
     config = config or SceneConfig()
     rng = np.random.default_rng(seed)
     long_side = int(rng.integers(config.long_side[0], config.long_side[1] + 1))
     short_side = int(long_side / rng.choice(config.aspects))
     width, height = (short_side, long_side) if rng.random() < config.portrait else (long_side, short_side)
-    layout = make_layout(rng, width, height, config.entities)
+    return rng, make_layout(rng, width, height, config.entities)
+
+
+def render_scene(seed: int | tuple[int, ...], config: SceneConfig | None = None) -> Scene:
+    """The scene of a seed; equal seeds give equal pixels (with equal versions of numpy, PIL and scikit-image)."""
+    rng, layout = scene_layout(seed, config)
     return Scene(render(rng, layout), layout.labels, len(layout.items), layout.style)
