@@ -1,5 +1,6 @@
 """Portable weights: one safetensors file with the parameters and, in its metadata, the model's configuration."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,19 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from esg_jax.config import from_dict, to_dict
-from esg_jax.models.cropformer import CropFormer, CropFormerConfig
+from esg_jax.config import TYPE_KEY, from_dict, to_dict
 
 _FORMAT = "esg_jax"
+# Configuration class -> where it is defined, together with its model.
+_MODELS = {
+    "CropFormerConfig": ("esg_jax.models.cropformer", "CropFormer"),
+    "GellaConfig": ("esg_jax.models.gella", "Gella"),
+    "LlavaConfig": ("esg_jax.models.llava", "Llava"),
+    "LlamaConfig": ("esg_jax.models.llama", "Llama"),
+    "ClipConfig": ("esg_jax.models.clip", "Clip"),
+    "ClipVisionConfig": ("esg_jax.models.clip", "ClipVision"),
+    "ClipTextConfig": ("esg_jax.models.clip", "ClipText"),
+}
 
 
 def named_arrays(model: nnx.Module) -> dict[str, Any]:
@@ -23,26 +33,28 @@ def named_arrays(model: nnx.Module) -> dict[str, Any]:
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
-def save_weights(path: str | Path, model: CropFormer, info: dict[str, Any] | None = None, dtype=np.float32) -> None:
+def save_weights(path: str | Path, model: nnx.Module, info: dict[str, Any] | None = None, dtype=np.float32) -> None:
     """Writes the model to `path`.
 
     Args:
         path: target `.safetensors` file; its folder must exist.
-        model: the model, with arrays fully addressable from this process.
+        model: CropFormer, Gella or a part with a configuration of its own, with arrays fully addressable from this
+            process.
         info: facts for the reader (steps, data, scores); stored as JSON in the metadata.
         dtype: type of the stored floating-point arrays; float16 halves the file.
     """
     arrays = {}
     for name, value in named_arrays(model).items():
         value = np.asarray(jax.device_get(value))
-        arrays[name] = np.ascontiguousarray(value.astype(dtype) if value.dtype.kind == "f" else value)
+        value = value.astype(dtype) if value.dtype.kind == "f" else value
+        arrays[name] = np.ascontiguousarray(value).reshape(value.shape)  # the former gives scalars an axis
     metadata = file_metadata(model.config, info)
     temporary = Path(path).with_suffix(".partial")
     save_file(arrays, temporary, metadata)
     temporary.replace(path)
 
 
-def file_metadata(config: CropFormerConfig, info: dict[str, Any] | None = None) -> dict[str, str]:
+def file_metadata(config: Any, info: dict[str, Any] | None = None) -> dict[str, str]:
     """What a weights file stores beside the arrays."""
     return {"format": _FORMAT, "config": json.dumps(to_dict(config)), "info": json.dumps(info or {})}
 
@@ -56,7 +68,21 @@ def is_weights_file(path: str | Path) -> bool:
         return False
 
 
-def read_info(path: str | Path) -> tuple[CropFormerConfig, dict[str, Any]]:
+def config_from_dict(values: dict[str, Any], where: str) -> tuple[Any, type[nnx.Module]]:
+    """The model configuration in a dictionary of `esg_jax.config.to_dict`, and the model's class.
+
+    Raises:
+        ValueError: no model has such a configuration; `where` names the source in the message.
+    """
+    kind = values.get(TYPE_KEY, "CropFormerConfig")
+    if kind not in _MODELS:
+        raise ValueError(f"{where}.{TYPE_KEY} is {kind!r}; choose one of {', '.join(_MODELS)}")
+    name, model = _MODELS[kind]
+    module = importlib.import_module(name)
+    return from_dict(getattr(module, kind), values, where), getattr(module, model)
+
+
+def read_info(path: str | Path) -> tuple[Any, dict[str, Any]]:
     """The model configuration and the facts stored by `save_weights`.
 
     Raises:
@@ -73,11 +99,11 @@ def read_info(path: str | Path) -> tuple[CropFormerConfig, dict[str, Any]]:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"{path} holds no esg_jax model (no configuration in it); convert it with `esg convert`")
-    config = from_dict(CropFormerConfig, json.loads(metadata["config"]), "model")
+    config, _ = config_from_dict(json.loads(metadata["config"]), "model")
     return config, json.loads(metadata["info"])
 
 
-def load_model(path: str | Path, *, dtype=jnp.float32, param_dtype=jnp.float32) -> CropFormer:
+def load_model(path: str | Path, *, dtype=jnp.float32, param_dtype=jnp.float32) -> nnx.Module:
     """Builds the model described in `path` and fills in its weights.
 
     Args:
@@ -90,7 +116,8 @@ def load_model(path: str | Path, *, dtype=jnp.float32, param_dtype=jnp.float32) 
         ValueError: not our file, or its names or shapes do not fit the model it describes.
     """
     config, _ = read_info(path)
-    model = nnx.eval_shape(lambda: CropFormer(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype))
+    _, cls = config_from_dict(to_dict(config), "model")
+    model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype))
     with safe_open(path, framework="numpy") as file:
         names = set(file.keys())
         wanted = named_arrays(model)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from esg_jax.interop.readers import CheckpointReader
 from esg_jax.interop.rules import Buffer, Index, Rule, Table, fill
 from esg_jax.weights import named_arrays
 
@@ -30,6 +31,7 @@ class Report:
         dropped: their tensors the format lists as having no counterpart.
         ignored: their unknown tensors that `allow_unused` matched.
         missing: our parameters without a source that `allow_missing` matched.
+        grown: our parameters that have more rows than their source; the mean of the others fills them.
     """
 
     used: list[str] = dataclasses.field(default_factory=list)
@@ -37,15 +39,34 @@ class Report:
     dropped: list[str] = dataclasses.field(default_factory=list)
     ignored: list[str] = dataclasses.field(default_factory=list)
     missing: list[str] = dataclasses.field(default_factory=list)
+    grown: list[str] = dataclasses.field(default_factory=list)
 
     def __str__(self) -> str:
         parts = [f"{len(self.used)} tensors converted"]
-        for name in ("buffers", "dropped", "ignored", "missing"):
+        for name in ("buffers", "dropped", "ignored", "missing", "grown"):
             names = getattr(self, name)
             if names:
                 detail = "" if name == "buffers" else f" ({_listing(names, 4)})"
                 parts.append(f"{len(names)} {name}{detail}")
         return ", ".join(parts)
+
+
+class Stacked:
+    """An array whose first axis counts layers, read one by one: iterate over it, or `np.asarray` it."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, layer: Callable[[int], np.ndarray]):
+        self.shape = shape
+        self.dtype = dtype
+        self._layer = layer
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return map(self._layer, range(self.shape[0]))
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        out = np.empty(self.shape, dtype or self.dtype)
+        for index, layer in enumerate(self):
+            out[index] = layer
+        return out
 
 
 def _listing(names: list[str], shown: int = _SHOWN) -> str:
@@ -92,8 +113,10 @@ def stream_to_ours(
     allow_missing: str | None = None,
     allow_unused: str | None = None,
     report: Report | None = None,
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[tuple[str, np.ndarray | Stacked]]:
     """Yields (our name, array) one rule at a time, in the order of `targets`; names are checked before the first one.
+
+    Arrays that stack layers come as `Stacked`, which reads a layer when it is asked for.
 
     Args:
         state: their tensors; a `CheckpointReader` is read as the iteration goes on, so that only the tensors of one
@@ -115,19 +138,30 @@ def stream_to_ours(
     unknown = [name for name in unknown if name not in set(report.ignored)]
 
     sources: dict[str, tuple[Rule, tuple[str, ...]]] = {}
+    layers: dict[str, dict[int, str]] = {}
     incomplete, orphans = [], []
     for (rule, values), parts in groups.items():
         theirs = [fill(template, dict(values)) for template in rule.theirs]
         ours = [fill(template, dict(values)) for template in rule.ours]
         absent = [name for name in theirs if name not in parts]
+        layer = dict(values)[rule.stacked] if rule.stacked else 0
         if absent:
             incomplete += absent
-        elif any(name in targets for name in ours):
+        elif not any(name in targets for name in ours) or (rule.stacked and layer >= targets[ours[0]].shape[0]):
+            orphans += parts.values()
+        elif rule.stacked:
+            layers.setdefault(ours[0], {})[layer] = parts[theirs[0]]
+            sources[ours[0]] = (rule, ())
+            report.used += parts.values()
+        else:
             names = tuple(parts[name] for name in theirs)
             sources.update((name, (rule, names)) for name in ours)
             report.used += names
-        else:
-            orphans += parts.values()
+    for name, found in layers.items():
+        rule, _ = sources[name]
+        count = targets[name].shape[0]
+        incomplete += [fill(rule.theirs[0], {rule.stacked: i}) for i in range(count) if i not in found]
+        sources[name] = (rule, tuple(found[i] for i in sorted(found)))
     report.ignored += [name for name in orphans if allowed and allowed.search(name)]
     unknown += [name for name in orphans if name not in set(report.ignored)]
 
@@ -148,34 +182,61 @@ def stream_to_ours(
         raise ConversionError(
             "; ".join(problems) + ". If that is intended, name them with --allow-unused or --allow-missing REGEX"
         )
-    yield from _convert(state, targets, sources)
+    yield from _convert(state, targets, sources, report)
     _check_buffers(state, targets, other, sources)
 
 
-def _convert(state, targets, sources) -> Iterator[tuple[str, np.ndarray]]:
+def _convert(state, targets, sources, report: Report) -> Iterator[tuple[str, np.ndarray | Stacked]]:
     done: dict[str, np.ndarray] = {}
     for name, target in targets.items():
         if name not in sources:
             continue
+        rule, theirs = sources[name]
+        if rule.stacked:
+            yield name, _stack(state, name, target, rule, theirs)
+            continue
         if name not in done:
-            rule, theirs = sources[name]
             values = dict(_fields(rule, name))
             ours = [fill(template, values) for template in rule.ours]
-            arrays = [state[source] for source in theirs]
-            try:
-                done.update(zip(ours, rule.layout.to_ours(*arrays), strict=True))
-            except (ValueError, IndexError) as error:
-                shapes = ", ".join(f"{source} {array.shape}" for source, array in zip(theirs, arrays, strict=True))
-                raise ConversionError(f"{shapes} cannot become {name} {tuple(target.shape)}: {error}") from error
+            done.update(zip(ours, _apply(rule, state, theirs, name, target.shape), strict=True))
         array = done.pop(name)
-        _, theirs = sources[name]
-        if array.shape != tuple(target.shape):
-            raise ConversionError(
-                f"{', '.join(theirs)} gives {name} the shape {array.shape}, the model needs {tuple(target.shape)}"
-            )
-        if jnp.issubdtype(array.dtype, jnp.floating) != jnp.issubdtype(target.dtype, jnp.floating):
-            raise ConversionError(f"{', '.join(theirs)} holds {array.dtype} numbers, {name} needs {target.dtype}")
-        yield name, np.ascontiguousarray(array.astype(target.dtype, copy=False)).reshape(array.shape)
+        if rule.growing is not None and array.shape[rule.growing] < target.shape[rule.growing]:
+            report.grown.append(name)
+            array = _grown(array, rule.growing, target.shape[rule.growing])
+        yield name, _fitted(array, theirs, name, tuple(target.shape), target.dtype)
+
+
+def _stack(state, name: str, target, rule: Rule, theirs: tuple[str, ...]) -> Stacked:
+    shape = tuple(target.shape)
+
+    def layer(index):
+        (array,) = _apply(rule, state, theirs[index : index + 1], name, shape[1:])
+        return _fitted(array, theirs[index : index + 1], f"{name}[{index}]", shape[1:], target.dtype)
+
+    return Stacked(shape, target.dtype, layer)
+
+
+def _apply(rule: Rule, state, theirs: tuple[str, ...], name: str, shape) -> tuple[np.ndarray, ...]:
+    arrays = [state[source] for source in theirs]
+    try:
+        return tuple(rule.layout.to_ours(*arrays))
+    except (ValueError, IndexError) as error:
+        shapes = ", ".join(f"{source} {array.shape}" for source, array in zip(theirs, arrays, strict=True))
+        raise ConversionError(f"{shapes} cannot become {name} {tuple(shape)}: {error}") from error
+
+
+def _grown(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """The array with its mean appended along `axis`: a new token starts with an average embedding and score."""
+    mean = array.mean(axis, dtype=np.float64, keepdims=True).astype(array.dtype)
+    return np.concatenate([array, np.repeat(mean, size - array.shape[axis], axis)], axis)
+
+
+def _fitted(array: np.ndarray, theirs: tuple[str, ...], name: str, shape: tuple[int, ...], dtype) -> np.ndarray:
+    if array.shape != shape:
+        raise ConversionError(f"{', '.join(theirs)} gives {name} the shape {array.shape}, the model needs {shape}")
+    if jnp.issubdtype(array.dtype, jnp.floating) != jnp.issubdtype(dtype, jnp.floating):
+        raise ConversionError(f"{', '.join(theirs)} holds {array.dtype} numbers, {name} needs {dtype}")
+    return np.ascontiguousarray(array.astype(dtype, copy=False)).reshape(shape)
 
 
 def _fields(rule: Rule, name: str):
@@ -205,11 +266,14 @@ def to_ours(
 ) -> tuple[dict[str, np.ndarray], Report]:
     """All of `stream_to_ours` in memory, and the report."""
     report = Report()
-    return dict(stream_to_ours(state, targets, table, report=report, **kwargs)), report
+    arrays = stream_to_ours(state, targets, table, report=report, **kwargs)
+    return {name: np.asarray(array) for name, array in arrays}, report
 
 
 def stream_from_ours(arrays: Mapping[str, Any], table: Table) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (their name, array) for every array of ours, then the buffers.
+    """Yields (their name, array or view) for every array of ours, then the buffers.
+
+    Stacked arrays of a `CheckpointReader` are read layer by layer.
 
     Raises:
         ConversionError: an array of ours that the format has no place for.
@@ -221,6 +285,11 @@ def stream_from_ours(arrays: Mapping[str, Any], table: Table) -> Iterator[tuple[
         raise ConversionError(f"the format has no place for {_listing(unknown)}")
     for name in arrays:
         rule, values = rules.find(name)
+        if rule.stacked:
+            for index, array in enumerate(_layers(arrays, name)):
+                (part,) = rule.layout.to_theirs(array)
+                yield fill(rule.theirs[0], {**values, rule.stacked: index}), part
+            continue
         key = (rule.theirs[0], tuple(sorted(values.items())))
         if key in seen:
             continue
@@ -231,10 +300,16 @@ def stream_from_ours(arrays: Mapping[str, Any], table: Table) -> Iterator[tuple[
             raise ConversionError(f"{name} belongs with {_listing(absent)}, which the model does not have")
         parts = rule.layout.to_theirs(*(np.asarray(arrays[part]) for part in ours))
         for template, part in zip(rule.theirs, parts, strict=True):
-            yield fill(template, values), np.ascontiguousarray(part).reshape(part.shape)
+            yield fill(template, values), part
     likes = _buffers_by_name(arrays, table)
     for name, (buffer, like) in likes.items():
         yield name, buffer.make(np.asarray(arrays[like]))
+
+
+def _layers(arrays: Mapping[str, Any], name: str) -> Iterator[np.ndarray]:
+    if isinstance(arrays, CheckpointReader):
+        return (arrays.layer(name, index) for index in range(arrays.shape(name)[0]))
+    return iter(np.asarray(arrays[name]))
 
 
 def _buffers_by_name(arrays, table: Table) -> dict[str, tuple[Buffer, str]]:

@@ -1,21 +1,28 @@
 """Checkpoint formats: recognised by their names, sized by their shapes."""
 
 import dataclasses
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
-from esg_jax.interop import backbone_tables
+from esg_jax.interop import backbone_tables, language_config, language_tables
 from esg_jax.interop.convert import ConversionError, plan
 from esg_jax.interop.cropformer_tables import reference_table, transformers_table
 from esg_jax.interop.readers import CheckpointReader
 from esg_jax.interop.rules import Table, fill
+from esg_jax.interop.transformers_config import read_mask2former_config
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
 from esg_jax.models.backbones.resnet import ResNetConfig
 from esg_jax.models.backbones.swin import SwinConfig
-from esg_jax.models.cropformer import CropFormerConfig
+from esg_jax.models.clip import Clip, ClipText, ClipVision
+from esg_jax.models.cropformer import CropFormer, CropFormerConfig
+from esg_jax.models.llama import Llama
+from esg_jax.models.llava import Llava
 from esg_jax.models.mask_decoder import MaskDecoderConfig
 from esg_jax.models.pixel_decoder import PixelDecoderConfig
 from esg_jax.models.view_association import AssociationConfig
@@ -32,17 +39,26 @@ class Format:
         name: for messages and the command line.
         marks: patterns; a checkpoint in which each is found somewhere has this format.
         table: the name table for reading.
-        backbone: configuration class of the backbone.
-        whole: holds a whole model rather than a backbone.
+        backbone: configuration class, of a backbone.
+        model: class, of a whole model.
+        infer: of a whole model, its configuration from the shapes of our parameters (and the number of heads).
+        read_config: of a whole model, its configuration from the `config.json` beside the file.
         absent: pattern of our parameters that the format never holds.
     """
 
     name: str
     marks: tuple[str, ...]
     table: Table
-    backbone: type
-    whole: bool = False
+    backbone: type | None = None
+    model: type[nnx.Module] | None = None
+    infer: Callable[..., Any] | None = None
+    read_config: Callable[[Path], Any] | None = None
     absent: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Holds a whole model rather than a backbone."""
+        return self.model is not None
 
 
 def _whole_formats() -> Iterator[Format]:
@@ -53,100 +69,77 @@ def _whole_formats() -> Iterator[Format]:
     }
     for backbone, (reference, transformers) in marks.items():
         name = backbone.__name__.removesuffix("Config")
+        whole = dict(model=CropFormer, infer=infer_config)
         table = reference_table(backbone, association=True, reading=True)
-        yield Format(f"reference ({name})", (reference, r"sem_seg_head\."), table, backbone, whole=True)
+        yield Format(f"reference ({name})", (reference, r"sem_seg_head\."), table, **whole)
         if transformers:
+            whole["read_config"] = read_mask2former_config
             table = transformers_table(backbone)
-            yield Format(
-                f"transformers Mask2Former ({name})", (transformers, "pixel_level_module"), table, backbone, True
-            )
+            yield Format(f"transformers Mask2Former ({name})", (transformers, "pixel_level_module"), table, **whole)
 
 
-# The first format whose marks are all found is taken.
-FORMATS = (
-    *_whole_formats(),
-    Format("Swin of Mask2Former", (r"^patch_embed\.proj", r"^norm0\."), backbone_tables.SWIN_DETECTION, SwinConfig),
-    Format(
-        "Swin of transformers (backbone)",
-        (r"hidden_states_norms\.stage1", r"patch_embeddings\.projection"),
-        backbone_tables.SWIN_HF_BACKBONE,
-        SwinConfig,
-    ),
-    Format(
-        "Swin of transformers",
-        (r"patch_embeddings\.projection", r"layernorm_before"),
-        backbone_tables.SWIN_HF,
-        SwinConfig,
-        absent=r"^norms\.",
-    ),
-    Format(
-        "Swin of timm",
-        (r"^patch_embed\.proj", r"^layers\.3\.downsample"),
-        backbone_tables.SWIN_TIMM,
-        SwinConfig,
-        absent=r"^norms\.",
-    ),
-    Format(
-        "Swin of Microsoft",
-        (r"^patch_embed\.proj", r"^layers\.0\.downsample"),
-        backbone_tables.SWIN_MICROSOFT,
-        SwinConfig,
-        absent=r"^norms\.",
-    ),
-    Format(
-        "Swin of torchvision",
-        (r"^features\.1\.0\.attn\.qkv",),
-        backbone_tables.SWIN_TORCHVISION,
-        SwinConfig,
-        absent=r"^norms\.",
-    ),
-    Format(
-        "ResNet of detectron2",
-        (r"stem\.conv1\.weight", r"res2\.0\.conv1"),
-        backbone_tables.RESNET_DETECTRON2,
-        ResNetConfig,
-    ),
-    Format("ResNet of transformers", (r"embedder\.embedder\.convolution",), backbone_tables.RESNET_HF, ResNetConfig),
-    Format(
-        "ResNet of torchvision",
-        (r"^conv1\.weight", r"^layer1\.0\.conv3"),
-        backbone_tables.RESNET_TORCHVISION,
-        ResNetConfig,
-    ),
-    Format(
-        "MobileNetV2 of torchvision",
-        (r"^features\.1\.conv\.0\.0",),
-        backbone_tables.MOBILENET_TORCHVISION,
-        MobileNetV2Config,
-    ),
-    Format("MobileNetV2 of transformers", (r"conv_stem\.first_conv",), backbone_tables.MOBILENET_HF, MobileNetV2Config),
-)
+def _json_reader(read: Callable[[Mapping[str, Any], str], Any]) -> Callable[[Path], Any]:
+    def read_file(path: Path) -> Any:
+        try:
+            values = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConversionError(f"{path} is not JSON: {error}") from error
+        return read(values, str(path))
+
+    return read_file
 
 
-def detect(names: list[str]) -> Format:
-    """The format that a checkpoint with these names has.
-
-    Raises:
-        ConversionError: none that is known.
-    """
-    for candidate in FORMATS:
-        if all(any(re.search(mark, name) for name in names) for mark in candidate.marks):
-            return candidate
-    known = ", ".join(candidate.name for candidate in FORMATS)
-    raise ConversionError(f"unknown checkpoint: its first names are {', '.join(names[:5])}; known formats are {known}")
+def _language_formats() -> Iterator[Format]:
+    tables, configs = language_tables, language_config
+    llava = dict(model=Llava, infer=configs.infer_llava)
+    read = _json_reader(configs.read_llava)
+    yield Format(
+        "LLaVA of transformers",
+        (r"^multi_modal_projector\.", r"^language_model\.model\."),
+        tables.LLAVA,
+        read_config=read,
+        **llava,
+    )
+    yield Format(
+        "LLaVA of transformers (names in memory)",
+        (r"^model\.multi_modal_projector\.", r"^model\.language_model\."),
+        tables.LLAVA_IN_MEMORY,
+        read_config=read,
+        **llava,
+    )
+    yield Format(
+        "LLaVA (original)",
+        (r"^model\.mm_projector\.", r"^model\.embed_tokens"),
+        tables.llava_original_table(),
+        read_config=_json_reader(configs.read_llava_original),
+        **llava,
+    )
+    for name, marks, table, model, kind in (
+        ("LLaMA", (r"^model\.embed_tokens", r"mlp\.gate_proj"), tables.LLAMA, Llama, "llama"),
+        ("CLIP", (r"^vision_model\.", r"^text_model\."), tables.CLIP, Clip, "clip"),
+        ("CLIP image side", (r"pre_layrnorm", r"class_embedding"), tables.CLIP_VISION, ClipVision, "clip_vision"),
+        ("CLIP text side", (r"token_embedding", r"self_attn\.q_proj"), tables.CLIP_TEXT, ClipText, "clip_text"),
+    ):
+        infer, read = getattr(configs, f"infer_{kind}"), _json_reader(getattr(configs, f"read_{kind}"))
+        yield Format(name, marks, table, model=model, infer=infer, read_config=read)
 
 
 def our_shapes(reader: CheckpointReader, table: Table) -> dict[str, tuple[int, ...]]:
     """Our name -> shape for everything in the checkpoint that the table knows, without reading any tensor."""
     groups, _, _ = plan(list(reader), table)
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for (rule, values), parts in groups.items():
         theirs = [fill(template, dict(values)) for template in rule.theirs]
         if all(name in parts for name in theirs):
             empty = [np.broadcast_to(np.zeros((), np.bool_), reader.shape(parts[name])) for name in theirs]
             ours = (fill(template, dict(values)) for template in rule.ours)
             try:
-                shapes.update((name, x.shape) for name, x in zip(ours, rule.layout.to_ours(*empty), strict=True))
+                for name, x in zip(ours, rule.layout.to_ours(*empty), strict=True):
+                    if rule.stacked:
+                        count = max(dict(values)[rule.stacked] + 1, shapes.get(name, (0,))[0])
+                        shapes[name] = (count, *x.shape)
+                    else:
+                        shapes[name] = x.shape
             except (ValueError, IndexError) as error:
                 raise ConversionError(f"{', '.join(theirs)}: shape {empty[0].shape} does not fit: {error}") from error
     return shapes
@@ -225,3 +218,78 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], num_heads: int | None = 
         raise ConversionError(
             f"the checkpoint has nothing for our {error.args[0]}, so its sizes are unknown"
         ) from error
+
+
+# The first format whose marks are all found is taken.
+FORMATS = (
+    *_whole_formats(),
+    *_language_formats(),
+    Format("Swin of Mask2Former", (r"^patch_embed\.proj", r"^norm0\."), backbone_tables.SWIN_DETECTION, SwinConfig),
+    Format(
+        "Swin of transformers (backbone)",
+        (r"hidden_states_norms\.stage1", r"patch_embeddings\.projection"),
+        backbone_tables.SWIN_HF_BACKBONE,
+        SwinConfig,
+    ),
+    Format(
+        "Swin of transformers",
+        (r"patch_embeddings\.projection", r"layernorm_before"),
+        backbone_tables.SWIN_HF,
+        SwinConfig,
+        absent=r"^norms\.",
+    ),
+    Format(
+        "Swin of timm",
+        (r"^patch_embed\.proj", r"^layers\.3\.downsample"),
+        backbone_tables.SWIN_TIMM,
+        SwinConfig,
+        absent=r"^norms\.",
+    ),
+    Format(
+        "Swin of Microsoft",
+        (r"^patch_embed\.proj", r"^layers\.0\.downsample"),
+        backbone_tables.SWIN_MICROSOFT,
+        SwinConfig,
+        absent=r"^norms\.",
+    ),
+    Format(
+        "Swin of torchvision",
+        (r"^features\.1\.0\.attn\.qkv",),
+        backbone_tables.SWIN_TORCHVISION,
+        SwinConfig,
+        absent=r"^norms\.",
+    ),
+    Format(
+        "ResNet of detectron2",
+        (r"stem\.conv1\.weight", r"res2\.0\.conv1"),
+        backbone_tables.RESNET_DETECTRON2,
+        ResNetConfig,
+    ),
+    Format("ResNet of transformers", (r"embedder\.embedder\.convolution",), backbone_tables.RESNET_HF, ResNetConfig),
+    Format(
+        "ResNet of torchvision",
+        (r"^conv1\.weight", r"^layer1\.0\.conv3"),
+        backbone_tables.RESNET_TORCHVISION,
+        ResNetConfig,
+    ),
+    Format(
+        "MobileNetV2 of torchvision",
+        (r"^features\.1\.conv\.0\.0",),
+        backbone_tables.MOBILENET_TORCHVISION,
+        MobileNetV2Config,
+    ),
+    Format("MobileNetV2 of transformers", (r"conv_stem\.first_conv",), backbone_tables.MOBILENET_HF, MobileNetV2Config),
+)
+
+
+def detect(names: list[str]) -> Format:
+    """The format that a checkpoint with these names has.
+
+    Raises:
+        ConversionError: none that is known.
+    """
+    for candidate in FORMATS:
+        if all(any(re.search(mark, name) for name in names) for mark in candidate.marks):
+            return candidate
+    known = ", ".join(candidate.name for candidate in FORMATS)
+    raise ConversionError(f"unknown checkpoint: its first names are {', '.join(names[:5])}; known formats are {known}")

@@ -9,11 +9,12 @@ The format is recognised by content, never by extension:
 """
 
 import dataclasses
+import functools
 import io
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class _Entry:
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    layer: Callable[[int], np.ndarray] | None = None
 
 
 class CheckpointReader(Mapping[str, np.ndarray]):
@@ -85,6 +87,20 @@ class CheckpointReader(Mapping[str, np.ndarray]):
     def dtype(self, name: str) -> np.dtype:
         """Type of a tensor, without reading it."""
         return self._entries[name].dtype
+
+    def layer(self, name: str, index: int) -> np.ndarray:
+        """`self[name][index]`; of a safetensors file nothing else is read."""
+        entry = self._entries[name]
+        return entry.read()[index] if entry.layer is None else entry.layer(index)
+
+    def only(self, names: Iterable[str]) -> "CheckpointReader":
+        """A reader of these tensors alone."""
+        return CheckpointReader(self.path, {name: self._entries[name] for name in names}, self.metadata)
+
+    def joined(self, names: Mapping[str, str], other: "CheckpointReader") -> "CheckpointReader":
+        """A reader that also has tensors of another one: {new name: name there}."""
+        added = {name: other._entries[source] for name, source in names.items()}
+        return CheckpointReader(self.path, {**self._entries, **added}, self.metadata)
 
 
 def open_checkpoint(path: str | Path) -> CheckpointReader:
@@ -139,11 +155,20 @@ def _open_safetensors(path: Path) -> CheckpointReader:
         with safe_open(path, framework="numpy") as file:
             return file.get_tensor(name)
 
+    def layer(name, index):
+        with safe_open(path, framework="numpy") as file:
+            return file.get_slice(name)[index : index + 1][0]
+
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             entries = {
-                name: _Entry(tuple(part.get_shape()), _safetensors_dtype(part.get_dtype()), lambda n=name: read(n))
+                name: _Entry(
+                    tuple(part.get_shape()),
+                    _safetensors_dtype(part.get_dtype()),
+                    functools.partial(read, name),
+                    functools.partial(layer, name),
+                )
                 for name, part in slices.items()
             }
             metadata = file.metadata()

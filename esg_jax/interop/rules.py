@@ -63,6 +63,10 @@ class Rule:
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
     layout: Layout = SAME
+    # Index in their template that is the first axis of our array: their layers, stacked. One name on either side.
+    stacked: str | None = None
+    # Axis of our array (after `layout`, before stacking) that may be longer than theirs: rows for new tokens.
+    growing: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +114,8 @@ class Table:
             return ("^" + re.escape(theirs) + pattern[1:], theirs + new) if anchored else (pattern, new)
 
         def rule(rule: Rule) -> Rule:
-            names = tuple(theirs + name for name in rule.theirs), tuple(ours + name for name in rule.ours)
-            return Rule(*names, rule.layout)
+            names = dict(theirs=[theirs + name for name in rule.theirs], ours=[ours + name for name in rule.ours])
+            return dataclasses.replace(rule, **{side: tuple(value) for side, value in names.items()})
 
         def buffer(buffer: Buffer) -> Buffer:
             return dataclasses.replace(buffer, theirs=theirs + buffer.theirs, like=ours + buffer.like)
@@ -180,6 +184,11 @@ def joined_qkv(theirs: Sequence[str], ours: str) -> tuple[Rule, ...]:
         Rule(tuple(f"{name}.weight" for name in theirs), (f"{ours}.kernel",), JOIN_LINEAR),
         Rule(tuple(f"{name}.bias" for name in theirs), (f"{ours}.bias",), JOIN_VECTOR),
     )
+
+
+def stacked(rules: Iterable[Rule], index: str = "i") -> tuple[Rule, ...]:
+    """The same rules for layers that we keep in one array with a leading layer axis."""
+    return tuple(dataclasses.replace(rule, stacked=index) for rule in rules)
 
 
 # Matching names against templates.

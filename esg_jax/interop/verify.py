@@ -1,6 +1,7 @@
 """Runs PyTorch's model and ours on the same input (needs the `torch` extra)."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -8,7 +9,10 @@ import numpy as np
 from flax import nnx
 
 from esg_jax.config import to_dict
+from esg_jax.models.clip import Clip, ClipText, ClipVision
 from esg_jax.models.cropformer import CropFormer
+from esg_jax.models.llama import Llama
+from esg_jax.models.llava import Llava
 
 _SIZE = 256
 
@@ -43,9 +47,7 @@ def verify_transformers(
     theirs, info = Mask2FormerForUniversalSegmentation.from_pretrained(
         str(folder), local_files_only=True, output_loading_info=True, dtype=torch.float32
     )
-    lost = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
-    if lost:
-        raise ValueError(f"transformers does not take {folder} as it is: {lost}")
+    _nothing_lost(folder, info)
     image, extent = _random_views(1, size)
     output = _run(model, image, extent)
     normalized = np.asarray(model.normalize(jnp.asarray(image), jnp.asarray(extent)))[0]
@@ -93,6 +95,66 @@ def verify_reference(path: str | Path, model: CropFormer, size: tuple[int, int] 
     else:
         ours = output.image.logits[-1], output.image_mask_logits().swapaxes(1, 2)
     return [_difference("class logits", ours[0], logits), _difference("mask logits", ours[1], masks)]
+
+
+def verify_language(folder: str | Path, model: nnx.Module) -> list[Difference]:
+    """Compares a LLaVA, LLaMA or CLIP with transformers' model loaded from `folder`, in float32 on random input.
+
+    Args:
+        folder: holds config.json and safetensors.
+        model: ours.
+
+    Raises:
+        ModuleNotFoundError: torch or transformers is not installed.
+        ValueError: transformers did not find all weights in the folder, or has no such model.
+    """
+    import torch
+    import transformers
+
+    (name,) = json.loads((Path(folder) / "config.json").read_text())["architectures"]
+    if not hasattr(transformers, name):
+        raise ValueError(f"{name} is not a model of transformers, so there is nothing to compare with")
+    theirs, info = getattr(transformers, name).from_pretrained(
+        str(folder), local_files_only=True, output_loading_info=True, dtype=torch.float32
+    )
+    _nothing_lost(folder, info)
+    rng = np.random.default_rng(0)
+    config = model.config
+    vision = config if isinstance(model, ClipVision) else getattr(config, "vision", None)
+    text = next((getattr(config, part) for part in ("llm", "text") if hasattr(config, part)), config)
+    inputs, arguments = {}, []
+    if vision is not None:
+        image = rng.normal(size=(2, vision.image_size, vision.image_size, 3)).astype(np.float32)
+        inputs["pixel_values"] = torch.from_numpy(image.transpose(0, 3, 1, 2).copy())
+        arguments.append(image)
+    if not isinstance(model, ClipVision):
+        ids = rng.integers(3, min(text.vocab_size, 32000) - 1, (2, 8))
+        if isinstance(model, Llava):
+            places = np.full((2, vision.grid**2), config.image_id)
+            ids = np.concatenate([ids[:, :3], places, ids[:, 3:]], axis=1)
+        elif not isinstance(model, Llama):
+            ids[:, -1] = text.eos_id
+        inputs["input_ids"] = torch.from_numpy(ids)
+        arguments.append(ids)
+    with torch.inference_mode():
+        expected = theirs.eval()(**inputs)
+    run, output = {
+        Llava: (Llava.__call__, "logits"),
+        Llama: (lambda model, ids: model.logits(model(model.embed(ids))[0]), "logits"),
+        Clip: (Clip.__call__, "logits_per_image"),
+        ClipVision: (ClipVision.pooled, "pooler_output"),
+        ClipText: (lambda model, ids: model(ids)[0], "last_hidden_state"),
+    }[type(model)]
+    differences = [_difference(output, nnx.jit(run)(model, *arguments), getattr(expected, output))]
+    if isinstance(model, ClipText) and config.projection_dim is not None:
+        differences.append(_difference("text_embeds", model(*arguments)[1], expected.text_embeds))
+    return differences
+
+
+def _nothing_lost(folder: str | Path, info: dict) -> None:
+    lost = {key: info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
+    if lost:
+        raise ValueError(f"transformers does not take {folder} as it is: {lost}")
 
 
 def _random_views(views: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,5 +1,6 @@
 """Checkpoint files written tensor by tensor: safetensors, and PyTorch's zip format without PyTorch."""
 
+import itertools
 import json
 import math
 import pickle
@@ -7,6 +8,7 @@ import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -40,7 +42,7 @@ _STORAGES = {
 def write_safetensors(
     path: str | Path,
     layout: Mapping[str, tuple[tuple[int, ...], np.dtype]],
-    tensors: Iterable[tuple[str, np.ndarray]],
+    tensors: Iterable[tuple[str, Any]],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes tensors as they come; nothing but the current one is in memory.
@@ -48,7 +50,8 @@ def write_safetensors(
     Args:
         path: target; appears only when complete.
         layout: shape and type of every tensor.
-        tensors: exactly the tensors of `layout`, in any order; converted to the type given there.
+        tensors: exactly the tensors of `layout`, in any order; converted to the type given there. Arrays, or anything
+            with a shape that yields one array per index of the first axis.
         metadata: text to store with them.
 
     Raises:
@@ -81,12 +84,66 @@ def write_safetensors(
                     raise ValueError(f"{name} has shape {array.shape}, announced was {tuple(shape)}")
                 left.remove(name)
                 file.seek(8 + len(text) + header[name]["data_offsets"][0])
-                file.write(memoryview(np.ascontiguousarray(array.astype(dtype, copy=False)).reshape(-1).view(np.uint8)))
+                for piece in (array,) if isinstance(array, np.ndarray) else array:
+                    flat = np.ascontiguousarray(piece.astype(dtype, copy=False)).reshape(-1)
+                    file.write(memoryview(flat.view(np.uint8)))
         if left:
             raise ValueError(f"no tensor came for {', '.join(sorted(left)[:5])}")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_sharded(
+    folder: str | Path,
+    layout: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    max_bytes: int = 5 * 10**9,
+) -> list[Path]:
+    """Writes `model.safetensors`, or shards of at most `max_bytes` (or one tensor) with transformers' index file.
+
+    Args:
+        folder: target, created when absent. After an error none of the files is there.
+        layout: shape and type of every tensor, in the order of `tensors`.
+        tensors: as for `write_safetensors`.
+        max_bytes: size of a shard.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: the tensors are not those of `layout`.
+    """
+    folder = Path(folder)
+    shards: list[dict] = [{}]
+    sizes = [0]
+    for name, (shape, dtype) in layout.items():
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        if shards[-1] and sizes[-1] + size > max_bytes:
+            shards.append({})
+            sizes.append(0)
+        shards[-1][name] = (shape, dtype)
+        sizes[-1] += size
+    names = [f"model-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    tensors = iter(tensors)
+    try:
+        for name, shard in zip(names, shards, strict=True):
+            # "pt" is what transformers insists on finding in the metadata.
+            write_safetensors(folder / name, shard, itertools.islice(tensors, len(shard)), {"format": "pt"})
+            written.append(folder / name)
+        if len(shards) > 1:
+            index = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+            path = folder / "model.safetensors.index.json"
+            path.write_text(json.dumps({"metadata": {"total_size": sum(sizes)}, "weight_map": index}, indent=2) + "\n")
+            written.append(path)
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+    return written
 
 
 def write_pth(path: str | Path, tensors: Iterable[tuple[str, np.ndarray]], metadata: Mapping[str, str]) -> None:
