@@ -1,4 +1,4 @@
-"""Trains CropFormer or Mask2Former.
+"""Trains CropFormer, Mask2Former or GELLA.
 
     python train.py --config=configs/tiny.py --workdir=/tmp/tiny
     python train.py --config=configs/cropformer_swin_t.py --workdir=runs/swin_t --config.data.batch_size=8
@@ -19,16 +19,19 @@ from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-from esg_jax.input.pipeline import train_iterator
+from esg_jax.input import grounding, pipeline
 from esg_jax.interop.convert import to_ours
 from esg_jax.interop.formats import detect
+from esg_jax.interop.gguf import load_llama, packaged_smollm2
 from esg_jax.interop.readers import open_checkpoint
+from esg_jax.models.gella import GellaConfig
+from esg_jax.text.tokenizers import open_tokenizer
 from esg_jax.train.checkpoint import Checkpointer
 from esg_jax.train.config import RunConfig
 from esg_jax.train.initial import fit_weights, read_weights
 from esg_jax.train.logging import MetricWriter
 from esg_jax.train.loop import NonFiniteLossError, fit
-from esg_jax.weights import read_info, save_weights
+from esg_jax.weights import named_arrays, read_info, save_weights
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), see configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics.jsonl, model.safetensors.")
@@ -58,7 +61,7 @@ def run(config: RunConfig, workdir: Path) -> None:
     log.info("%.2f M parameters on mesh %s, %s", count / 1e6, dict(step.mesh.shape), config.precision)
 
     # Data. Every process reads its own part of each batch.
-    batches = train_iterator(config.data, jax.process_index(), jax.process_count())
+    batches = open_batches(config)
 
     # State: newest checkpoint > init_from > pretrained backbone > random (see checkpoint.py for why in this order).
     checkpointer = Checkpointer(workdir, config=config.as_dict(), keep=config.keep, complete=RunConfig.complete)
@@ -101,18 +104,43 @@ def initial_weights(config: RunConfig, shapes):
             weights = from_pytorch(path, shapes, allow_missing=config.init_optional)
             return fit_weights(weights, shapes, optional=config.init_optional, source=config.init_from)
         return fit_weights(read_weights(path), shapes, optional=config.init_optional, source=config.init_from)
+    weights = {}
     if config.backbone_weights:
         path = mobilenet_path() if config.backbone_weights == "imagenet" else config.backbone_weights
-        names = {name.removeprefix("backbone."): shapes[name] for name in shapes if name.startswith("backbone.")}
-        return {f"backbone.{name}": value for name, value in from_pytorch(path, names).items()}
-    log.info("no init_from and no backbone_weights: all weights start at random")
-    return None
+        for prefix in ("backbone.", "visual.image_encoder.", "visual.entity_encoder.colormap_encoder."):
+            names = {name.removeprefix(prefix): shapes[name] for name in shapes if name.startswith(prefix)}
+            if names and (prefix == "backbone." or "stem.conv.kernel" in names):
+                weights |= {f"{prefix}{name}": value for name, value in from_pytorch(path, names).items()}
+    if config.llm_weights:
+        path = packaged_smollm2() if config.llm_weights == "smollm2" else config.llm_weights
+        weights |= {f"llm.{name}": value for name, value in named_arrays(load_llama(path)).items()}
+    if not weights:
+        log.info("no init_from, backbone_weights or llm_weights: all weights start at random")
+    return weights or None
+
+
+def open_batches(config: RunConfig):
+    """Endless batches of this process."""
+    hosts = jax.process_index(), jax.process_count()
+    if isinstance(config.data, pipeline.DataConfig):
+        return pipeline.train_iterator(config.data, *hosts)
+    path = packaged_smollm2() if config.tokenizer == "smollm2" else config.tokenizer
+    tokenizer = open_tokenizer(path)
+    wanted = {"image_id": tokenizer.image_id, "seg_id": tokenizer.seg_id}
+    for name, value in wanted.items():
+        if getattr(config.model, name) != value:
+            raise ValueError(f"config.model.{name} is {getattr(config.model, name)}, but the tokenizer has {value}")
+    if tokenizer.vocab_size > config.model.llm.vocab_size:
+        raise ValueError(
+            f"config.model.llm.vocab_size is {config.model.llm.vocab_size}, the tokenizer needs {tokenizer.vocab_size}"
+        )
+    return grounding.train_iterator(config.data, tokenizer, *hosts)
 
 
 def inference_size(config: RunConfig) -> dict[str, int]:
     """View size at test time, stored with the weights: the largest of training, as the reference has it."""
-    if config.data.mapper == "lsj":
-        return {}  # the reference tests these models at the defaults of 800 and 1333
+    if isinstance(config.model, GellaConfig) or config.data.mapper == "lsj":
+        return {}  # GELLA's is part of the model; the reference tests lsj models at the defaults of 800 and 1333
     return {"min_size": max(config.data.short_edges), "max_size": config.data.max_size}
 
 

@@ -47,7 +47,7 @@ def reference_model():
 @pytest.fixture(scope="session")
 def tiny_gella_config():
     """A GELLA of a hundred thousand weights."""
-    from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
+    from esg_jax.models.backbones.swin import SwinConfig
     from esg_jax.models.clip import ClipVisionConfig
     from esg_jax.models.colormap import ColormapConfig
     from esg_jax.models.entity_encoder import EntityEncoderConfig
@@ -60,7 +60,7 @@ def tiny_gella_config():
 
     return GellaConfig(
         entities=EntityEncoderConfig(
-            MobileNetV2Config(train_affine=True),
+            SwinConfig(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), window_size=4),
             ResoBlendConfig(dim=32, num_heads=4, ffn_dim=48),
             PixelDecoderConfig(conv_dim=32, mask_dim=16, num_layers=1, num_heads=4, ffn_dim=48),
             MaskDecoderConfig(hidden_dim=32, mask_dim=16, num_heads=4, ffn_dim=48, num_layers=2, num_queries=8),

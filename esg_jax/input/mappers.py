@@ -12,6 +12,7 @@ from PIL import Image
 
 from esg_jax.input import transforms
 from esg_jax.input.records import Entities, Record
+from esg_jax.input.square import entity_map, square_image
 from esg_jax.input.transforms import View
 
 Example = dict[str, np.ndarray]
@@ -143,6 +144,28 @@ class InferenceViews:
             padded = self.buckets[bucket_index([view.size for view in views], self.buckets, record.name)]
         image, size, boxes = transforms.inference_views(record.load_image(), padded=padded, **options)
         return EvalExample(image, size, boxes, record)
+
+
+@dataclasses.dataclass(frozen=True)
+class Colormap:
+    """Image and label map for GELLA's reconstruction, see `square`; half of the examples are mirrored.
+
+    The example holds ``image`` uint8 (image_size, image_size, 3), ``image_size`` int32 (2,), ``label_map`` int16
+    (map_size, map_size) and ``map_size`` int32 (2,).
+    """
+
+    image_size: int
+    map_size: int
+    max_entities: int
+
+    def __call__(self, record: Record, rng: np.random.Generator) -> Example:
+        image, entities = record.load_image(), record.load_entities()
+        if rng.random() < 0.5:
+            image = image[:, ::-1]
+            entities = dataclasses.replace(entities, layers=[layer[:, ::-1] for layer in entities.layers])
+        image, image_size = square_image(image, self.image_size)
+        label_map, map_size, _ = entity_map(entities, self.map_size, self.max_entities)
+        return {"image": image, "image_size": image_size, "label_map": label_map, "map_size": map_size}
 
 
 def bucket_index(sizes: list[tuple[int, int]], buckets: tuple[tuple[int, int], ...], name: str) -> int:

@@ -29,7 +29,7 @@ from esg_jax.input.records import RecordSource
 
 logger = logging.getLogger(__name__)
 
-MAPPERS = ("entity_crop", "entity_full", "lsj")
+MAPPERS = ("entity_crop", "entity_full", "lsj", "colormap")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +37,12 @@ class DataConfig:
     """Training data.
 
     sources: a dictionary of `SourceConfig` fields under a name of your choice each; weights are relative.
-    mapper: "entity_crop" (whole image and one corner crop, CropFormer), "entity_full" (whole image only) or "lsj"
-        (large-scale jitter, Mask2Former).
+    mapper: "entity_crop" (whole image and one corner crop, CropFormer), "entity_full" (whole image only), "lsj"
+        (large-scale jitter, Mask2Former) or "colormap" (image and label map, GELLA's reconstruction).
     short_edges, max_size: pixels; for the entity mappers.
     buckets: padded (height, width), multiples of 32; for the entity mappers.
     lsj_size, lsj_scales: for "lsj".
+    image_size, map_size: sides of the squares in pixels, for "colormap".
     max_entities: target slots N per image; the largest entities are kept.
     class_agnostic: all labels 0.
     drop_empty: leave out images without entities, as the reference does.
@@ -57,6 +58,8 @@ class DataConfig:
     buckets: tuple[tuple[int, int], ...] = ((800, 1088), (1088, 800), (800, 1344), (1344, 800))
     lsj_size: int = 1024
     lsj_scales: tuple[float, float] = (0.1, 2.0)
+    image_size: int = 336
+    map_size: int = 1024
     max_entities: int = 100
     class_agnostic: bool = True
     drop_empty: bool = True
@@ -73,7 +76,7 @@ class DataConfig:
         object.__setattr__(self, "buckets", tuple(tuple(bucket) for bucket in self.buckets))
         for name in ("short_edges", "lsj_scales"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("buckets", "lsj_size"):
+        for name in ("buckets", "lsj_size", "map_size"):
             if np.any(np.asarray(getattr(self, name)) % 32):
                 raise ValueError(f"data.{name} is {getattr(self, name)}; sides must be multiples of 32")
         # Every field of a source is spelled out, so that the command line can override each.
@@ -191,7 +194,7 @@ def _bucket_rows(config: DataConfig, source: RecordSource, name: str) -> dict[in
         "largest are kept", name, len(source), int((counts == 0).sum()), " (left out)" if config.drop_empty else "",
         cut, config.max_entities,
     )  # fmt: skip
-    if config.mapper == "lsj":
+    if config.mapper in ("lsj", "colormap"):
         return {0: rows}
     buckets = np.array([_bucket_of(config, *source.sizes[row].tolist(), name) for row in rows])
     return {int(bucket): rows[buckets == bucket] for bucket in np.unique(buckets)}
@@ -212,6 +215,8 @@ def _bucket_of_size(height, width, short_edges, max_size, buckets, name) -> int:
 def _mapper(config: DataConfig, bucket: int):
     if config.mapper == "lsj":
         return mappers.LargeScaleJitter(config.lsj_size, config.max_entities, config.lsj_scales, config.class_agnostic)
+    if config.mapper == "colormap":
+        return mappers.Colormap(config.image_size, config.map_size, config.max_entities)
     return mappers.EntityCrop(
         config.short_edges,
         config.max_size,

@@ -122,7 +122,7 @@ def fit(
                 report.batch_size = len(batch["image"]) * jax.process_count()
                 log.info("compiling the training step ...")
             with jax.profiler.StepTraceAnnotation("train", step_num=number):
-                state, metrics = step_fn(state, put_batch(batch, step_fn.mesh))
+                state, metrics = step_fn(state, put_batch(step_fn.task.inputs(batch), step_fn.mesh))
             # Metrics of the step before, so that reading them never waits for the step just started.
             if pending is not None:
                 report(*pending)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
@@ -31,6 +32,10 @@ class Task(Protocol):
     """
 
     whole_batch: bool
+
+    def inputs(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """The entries of a host batch that the loss uses; each set of entries is compiled once."""
+        ...
 
     def normalizers(self, batch: Batch) -> Any:
         """Sums over the whole batch that divide the loss; they depend on targets only."""

@@ -1,10 +1,12 @@
 """What is trained: a model connected to its loss."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -15,6 +17,9 @@ from esg_jax.models.cropformer import CropFormer
 from esg_jax.models.gella import Gella
 from esg_jax.train import sharding
 from esg_jax.train.step import Batch, Metrics
+
+# Number of the task in a batch, see `input.grounding_readers.TASKS`.
+DESCRIPTION = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +34,10 @@ class SegmentationTask:
     config: LossConfig
     num_queries: int
     whole_batch = False
+
+    def inputs(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """All of it."""
+        return batch
 
     def normalizers(self, batch: Batch) -> Any:
         """Numbers of target masks and sums of class weights over the batch."""
@@ -57,6 +66,13 @@ class GroundingTask:
     config: GellaLossConfig
     num_queries: int
     whole_batch = True
+
+    def inputs(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Everything for the tasks with phrases; a description trains the language model alone (section 5.3)."""
+        unused = {"map_size", "task"}
+        if "task" in batch and int(batch["task"][0]) == DESCRIPTION:
+            unused |= {"label_map", "links", "linked", "seg_pos", "seg_valid"}
+        return {name: value for name, value in batch.items() if name not in unused}
 
     def normalizers(self, batch: Batch) -> Any:
         """Numbers of entities, of nouns with a link and of answer tokens over the batch."""

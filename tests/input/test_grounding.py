@@ -10,14 +10,14 @@ from esg_jax.input import rle
 from esg_jax.input.grounding import (
     GroundingDataConfig,
     TaskSchedule,
-    entity_map,
     mirror_words,
-    square_labels,
     train_dataset,
     train_iterator,
 )
 from esg_jax.input.grounding_readers import GroundingSourceConfig, open_narratives
 from esg_jax.input.records import Entities
+from esg_jax.input.square import entity_map, square_labels
+from esg_jax.input.square import entity_map, square_labels
 from esg_jax.text.prompts import Prompts
 from esg_jax.text.sequences import SequenceBuilder
 

@@ -34,6 +34,9 @@ class ToyTask:
     def __init__(self, whole_batch: bool = False):
         self.whole_batch = whole_batch
 
+    def inputs(self, batch):
+        return batch
+
     def normalizers(self, batch):
         return batch["weight"].sum()
 

@@ -1,0 +1,73 @@
+"""GELLA's geometry: picture and label map at the top left of squares, so that a point has the same place in both."""
+
+import functools
+
+import numpy as np
+from jaxtyping import Int, Int32, Integer, UInt8
+from PIL import Image
+
+from esg_jax.input.records import Entities
+
+
+def content_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """(height, width) after scaling the longer side to `side`."""
+    scale = side / max(height, width)
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def square_image(
+    image_hw3: UInt8[np.ndarray, "h w 3"], side: int
+) -> tuple[UInt8[np.ndarray, "side side 3"], Int32[np.ndarray, "2"]]:
+    """The picture at its longer side `side` (bicubic), at the top left of a black square, and its (height, width)."""
+    size = content_size(*image_hw3.shape[:2], side)
+    out = np.zeros((side, side, 3), np.uint8)
+    resized = Image.fromarray(np.ascontiguousarray(image_hw3)).resize(size[::-1], Image.Resampling.BICUBIC)
+    out[: size[0], : size[1]] = np.asarray(resized)
+    return out, np.array(size, np.int32)
+
+
+def nearest_rows(size: int, new_size: int) -> Int[np.ndarray, "new_size"]:
+    """Source index of every output pixel, half-pixel centres: floor((i + 0.5) * size / new_size)."""
+    return (2 * np.arange(new_size) + 1) * size // (2 * new_size)
+
+
+def square_labels(
+    labels_hw: Integer[np.ndarray, "h w"], side: int
+) -> tuple[Integer[np.ndarray, "side side"], Int32[np.ndarray, "2"]]:
+    """A label map in the geometry of `square_image`, nearest neighbour, padded with 0, and its (height, width)."""
+    size = content_size(*labels_hw.shape, side)
+    rows, columns = nearest_rows(labels_hw.shape[0], size[0]), nearest_rows(labels_hw.shape[1], size[1])
+    out = np.zeros((side, side), labels_hw.dtype)
+    out[: size[0], : size[1]] = labels_hw[rows[:, None], columns]
+    return out, np.array(size, np.int32)
+
+
+def entity_map(
+    entities: Entities, side: int, max_entities: int
+) -> tuple[np.ndarray, Int32[np.ndarray, "2"], Int[np.ndarray, "n"]]:
+    """The label map of the network from annotated entities; of overlapping ones the smaller is on top.
+
+    Crowd regions are left out. Of more than `max_entities`, the largest at the original resolution are kept, in
+    annotation order.
+
+    Returns:
+        label_map int16 (side, side), 0 for nothing; its content's (height, width); the slot of every entity (label
+        minus 1), -1 for those left out and those of which no pixel is left.
+    """
+    areas = entities.areas()
+    kept = np.flatnonzero(~entities.crowd & (areas > 0))
+    if len(kept) > max_entities:
+        kept = np.sort(kept[np.argsort(-areas[kept], kind="stable")[:max_entities]])
+    # Rank by area, the largest lowest, so that a maximum over the layers lets the smaller entity win.
+    ranks = np.zeros(len(areas) + 1, np.int32)
+    by_area = kept[np.argsort(-areas[kept], kind="stable")]
+    ranks[by_area + 1] = np.arange(1, len(kept) + 1)
+    resized = [square_labels(layer, side) for layer in entities.layers]
+    painted = functools.reduce(np.maximum, (ranks[labels] for labels, _ in resized))
+    slot_of_rank = np.zeros(len(kept) + 1, np.int16)
+    slot_of_rank[1:] = np.searchsorted(kept, by_area) + 1
+    label_map = slot_of_rank[painted]
+    visible = np.bincount(label_map.ravel(), minlength=len(kept) + 1)[1:] > 0
+    slots = np.full(len(areas), -1)
+    slots[kept[visible]] = np.flatnonzero(visible)
+    return label_map, resized[0][1], slots
