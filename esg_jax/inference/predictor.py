@@ -129,7 +129,10 @@ class Predictor:
         path = Path(path) if path is not None else demo_checkpoint()
         defaults = read_info(path)[1].get("inference", {}) if is_weights_file(path) else {}
         given = {name: value for name, value in options.items() if value is not None}
-        return cls(esg_jax.load(path, dtype=dtype), **{**defaults, **given})
+        model = esg_jax.load(path, dtype=dtype)
+        if not isinstance(model, CropFormer):
+            raise ValueError(f"{path} holds a {type(model).__name__}, not a CropFormer")
+        return cls(model, **{**defaults, **given})
 
     def __call__(self, image: ImageLike) -> EntityPrediction:
         """Entities of one image: a path, or RGB uint8 (h, w, 3).

@@ -7,8 +7,9 @@ from pathlib import Path
 
 _CONVERT_HELP = """\
 Checkpoints from PyTorch and to PyTorch. The source's format shows in its content: the reference code's CropFormer and
-Mask2Former (.pth, .pkl, .safetensors), transformers' Mask2Former (a folder), or weights of ours. Reading a .pth never
-runs code from it. Every tensor must find its place, or the command fails and lists the names.
+Mask2Former (.pth, .pkl, .safetensors), transformers' Mask2Former, LLaVA, LLaMA and CLIP (a folder, sharded or not),
+LLaVA's own files, or weights of ours. Reading a .pth never runs code from it. Every tensor must find its place, or the
+command fails and lists the names.
 """
 _CONVERT_EXAMPLES = """\
 examples:
@@ -17,6 +18,8 @@ examples:
   esg convert m2f.pth start.safetensors --config cropformer.json --allow-missing '^association'
   esg convert weights.safetensors model.pth --verify      (ours to the reference's names)
   esg convert weights.safetensors out/ --format transformers --verify
+  esg convert llava-1.5-7b-hf/ llava.safetensors --dtype bfloat16
+  esg convert llava-v1.5-7b/ llava.safetensors --vision clip-vit-large-patch14-336/     (LLaVA's own files lack CLIP)
 """
 _EXPORT_EXAMPLES = """\
 examples:
@@ -33,14 +36,22 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     add = convert.add_argument
     add(
         "--format",
-        choices=("ours", "reference", "transformers"),
-        help="what to write; default: ours from a PyTorch source, reference from weights of ours",
+        choices=("ours", "reference", "transformers", "original"),
+        help="what to write; default: ours from a PyTorch source; from weights of ours, the reference's names of "
+        "CropFormer, transformers' of LLaVA, LLaMA and CLIP. original: LLaVA's own names",
     )
     add("--config", type=Path, metavar="JSON", help="the model to build, as a nested dictionary; default: inferred")
     add("--num-heads", type=int, metavar="N", help="attention heads of the decoders, which shapes do not show (8)")
     add("--allow-missing", metavar="REGEX", help="our parameters that may stay without a source (random values)")
     add("--allow-unused", metavar="REGEX", help="source tensors that may be left out")
-    add("--dtype", choices=("float32", "float16"), default="float32", help="of weights of ours (default: float32)")
+    add(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of weights of ours (default: float32)",
+    )
+    add("--vision", type=Path, metavar="PATH", help="CLIP's checkpoint, when LLaVA's own files are read")
+    add("--vocab-size", type=int, metavar="N", help="rows of a language model to write (LLaVA's own files: 32000)")
     add("--verify", action="store_true", help="run PyTorch's model and ours on one input (needs the torch extra)")
     add("--tolerance", type=float, default=1e-4, help="largest absolute difference --verify accepts (default: 1e-4)")
     convert.set_defaults(run=run_convert)
@@ -80,30 +91,41 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    import numpy as np
+    import jax.numpy as jnp
 
     from esg_jax import weights
-    from esg_jax.config import from_dict
     from esg_jax.interop import checkpoints
+    from esg_jax.interop.readers import open_checkpoint
     from esg_jax.models.cropformer import CropFormerConfig
 
     config = None
     if args.config:
         try:
-            config = from_dict(CropFormerConfig, json.loads(args.config.read_text()), args.config.name)
+            config, _ = weights.config_from_dict(json.loads(args.config.read_text()), args.config.name)
         except json.JSONDecodeError as error:
             raise ValueError(f"{args.config} is not JSON: {error}") from error
     ours = weights.is_weights_file(args.source)
-    target_format = args.format or ("reference" if ours else "ours")
+    stored = weights.read_info(args.source)[0] if ours else None
+    language = ours and not isinstance(stored, CropFormerConfig)
+    target_format = args.format or ("transformers" if language else "reference" if ours else "ours")
     if args.verify and target_format == "ours":
         raise ValueError("--verify compares with PyTorch, so it needs --format reference or transformers")
     if target_format == "ours" and args.target.suffix != ".safetensors":
         raise ValueError(f"{args.target}: weights of ours end in .safetensors")
     if ours and target_format == "ours":
         raise ValueError(f"{args.source} holds weights of ours already; choose --format reference or transformers")
-    options = dict(config=config, num_heads=args.num_heads, allow_unused=args.allow_unused)
+    if language:
+        options = dict(vocab_size=args.vocab_size, leave_out=args.allow_unused)
+        for path in checkpoints.save_language(
+            args.target, open_checkpoint(args.source), stored, target_format, **options
+        ):
+            print(f"wrote {path}")
+        return _verify(args, weights.load_model(args.source)) if args.verify else 0
+    if args.vocab_size is not None:
+        raise ValueError("--vocab-size is for language models in weights of ours")
+    options = dict(config=config, num_heads=args.num_heads, allow_unused=args.allow_unused, vision=args.vision)
     if target_format == "ours" and not args.allow_missing:
-        report = checkpoints.convert_to_file(args.source, args.target, dtype=np.dtype(args.dtype), **options)
+        report = checkpoints.convert_to_file(args.source, args.target, dtype=jnp.dtype(args.dtype), **options)
         print(f"{args.target}: {report}")
         return 0
     if ours:
@@ -112,7 +134,7 @@ def _convert(args: argparse.Namespace) -> int:
         model, report = checkpoints.load_checkpoint(args.source, allow_missing=args.allow_missing, **options)
         print(f"{args.source}: {report}")
     if target_format == "ours":
-        weights.save_weights(args.target, model, {"source": args.source.name}, dtype=np.dtype(args.dtype))
+        weights.save_weights(args.target, model, {"source": args.source.name}, dtype=jnp.dtype(args.dtype))
         print(f"wrote {args.target}")
         return 0
     for path in checkpoints.save_checkpoint(args.target, model, target_format):
@@ -121,9 +143,13 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace, model) -> int:
-    from esg_jax.interop.verify import verify_reference, verify_transformers
+    from esg_jax.interop.verify import verify_language, verify_reference, verify_transformers
+    from esg_jax.models.cropformer import CropFormer
 
-    run = verify_transformers if args.target.is_dir() else verify_reference
+    if not isinstance(model, CropFormer):
+        run = verify_language
+    else:
+        run = verify_transformers if args.target.is_dir() else verify_reference
     differences = run(args.target, model)
     for item in differences:
         print(f"{item.output}: max abs difference {item.absolute:.2e}, relative {item.relative:.2e}")

@@ -52,8 +52,11 @@ def export_program(
         platforms: any of cpu, cuda, tpu.
 
     Raises:
-        ValueError: an unknown platform, a size that is no multiple of 32, or views of a model without association.
+        ValueError: not a CropFormer, an unknown platform, a size that is no multiple of 32, or views of a model without
+            association.
     """
+    if not isinstance(model, CropFormer):
+        raise ValueError(f"only CropFormer's inference is exported; this is a {type(model).__name__}, not a CropFormer")
     unknown = set(platforms) - set(PLATFORMS)
     if unknown:
         raise ValueError(f"unknown platform {sorted(unknown)[0]!r}; choose from {', '.join(PLATFORMS)}")

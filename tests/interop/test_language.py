@@ -447,3 +447,40 @@ def test_llava_with_prompts_of_different_lengths(tmp_path):
     logits = np.asarray(nnx.jit(Llava.__call__)(model, image, ids))
     for index, row in enumerate(rows):
         np.testing.assert_allclose(logits[index, : len(row)], wanted[index, : len(row)], atol=1e-4, rtol=1e-4)
+
+
+def run(*args):
+    from esg_jax import cli
+
+    return cli.main([str(arg) for arg in args])
+
+
+@pytest.mark.torch
+def test_command_line(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    from esg_jax.weights import save_weights
+
+    ours = tmp_path / "ours.safetensors"
+    save_weights(ours, random_model("llava"))
+    assert run("convert", ours, tmp_path / "hf", "--verify") == 0, capsys.readouterr().err
+    assert "logits: max abs difference" in capsys.readouterr().out
+    assert run("convert", tmp_path / "hf", tmp_path / "half.safetensors", "--dtype", "bfloat16") == 0
+    half = open_checkpoint(tmp_path / "half.safetensors")
+    for key, value in targets_of(random_model("llava")).items():
+        np.testing.assert_array_equal(half[key], np.asarray(value).astype(half.dtype(key)), err_msg=key)
+    original = ("convert", ours, tmp_path / "original", "--format", "original")
+    assert run(*original, "--vocab-size", 60, "--allow-unused", "^vision") == 0
+    assert run("convert", ours, tmp_path / "x", "--format", "reference") == 1
+    assert "no format 'reference' for a LlavaConfig; choose transformers, original" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    assert run(*original, "--verify") == 1
+    assert "LlavaLlamaForCausalLM is not a model of transformers" in capsys.readouterr().err
+
+
+def test_only_cropformer_segments(tmp_path, capsys):
+    from esg_jax.weights import save_weights
+
+    save_weights(tmp_path / "llama.safetensors", random_model("llama"))
+    assert run("export", tmp_path / "llama.safetensors", tmp_path / "program") == 1
+    assert "a Llama, not a CropFormer" in capsys.readouterr().err
+    assert not (tmp_path / "program").exists()
