@@ -47,20 +47,21 @@ def reference_model():
 @pytest.fixture(scope="session")
 def tiny_gella_config():
     """A GELLA of a hundred thousand weights."""
-    from esg_jax.models.backbones.swin import SwinConfig
+    from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
     from esg_jax.models.clip import ClipVisionConfig
     from esg_jax.models.colormap import ColormapConfig
     from esg_jax.models.entity_encoder import EntityEncoderConfig
     from esg_jax.models.gella import GellaConfig
     from esg_jax.models.grounding_association import GroundingAssociationConfig
     from esg_jax.models.llama import LlamaConfig
+    from esg_jax.models.lora import LoraConfig
     from esg_jax.models.mask_decoder import MaskDecoderConfig
     from esg_jax.models.pixel_decoder import PixelDecoderConfig
     from esg_jax.models.resoblend import ResoBlendConfig
 
     return GellaConfig(
         entities=EntityEncoderConfig(
-            SwinConfig(embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), window_size=4),
+            MobileNetV2Config(train_affine=True),
             ResoBlendConfig(dim=32, num_heads=4, ffn_dim=48),
             PixelDecoderConfig(conv_dim=32, mask_dim=16, num_layers=1, num_heads=4, ffn_dim=48),
             MaskDecoderConfig(hidden_dim=32, mask_dim=16, num_heads=4, ffn_dim=48, num_layers=2, num_queries=8),
@@ -70,6 +71,7 @@ def tiny_gella_config():
         colormap=ColormapConfig(size=64),
         llm=LlamaConfig(vocab_size=64, width=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=48, max_length=128),
         association=GroundingAssociationConfig(dim=16),
+        lora=LoraConfig(rank=2),
         image_id=60,
         seg_id=62,
     )

@@ -25,6 +25,7 @@ from esg_jax.models.entity_encoder import (
 from esg_jax.models.grounding_association import GroundingAssociation, GroundingAssociationConfig
 from esg_jax.models.llama import Llama, LlamaConfig
 from esg_jax.models.llava import Projector, insert_image
+from esg_jax.models.lora import Lora, LoraConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,7 @@ class GellaConfig:
         association: of nouns and entities.
         image_id, seg_id: ids of the image placeholder and of `<SEG>`.
         seg_hidden: a noun's embedding is the state "at" its `<SEG>` token, or at the token that "predict"s it.
+        lora: low-rank adapters on the language model, or None.
     """
 
     entities: EntityEncoderConfig = EntityEncoderConfig()
@@ -56,6 +58,7 @@ class GellaConfig:
     image_id: int = 32000
     seg_id: int = 32002
     seg_hidden: str = "at"
+    lora: LoraConfig | None = None
 
     def __post_init__(self):
         if isinstance(self.vision, ClipVisionConfig) and self.vision.image_size != self.image_size:
@@ -66,6 +69,8 @@ class GellaConfig:
             raise ValueError(f"image_size is {self.image_size}; MobileNetV2 needs a multiple of 32")
         if self.seg_hidden not in ("at", "predict"):
             raise ValueError(f"seg_hidden is {self.seg_hidden!r}; choose at or predict")
+        if self.lora is not None and self.llm is None:
+            raise ValueError("lora is set, but there is no llm to adapt")
 
     @property
     def grid(self) -> int:
@@ -78,14 +83,14 @@ class GellaConfig:
         return self.entities.mask_decoder.num_queries
 
     @classmethod
-    def vicuna_7b(cls) -> "GellaConfig":
+    def vicuna_7b(cls, lora: LoraConfig | None = None) -> "GellaConfig":
         """The paper's model: CLIP ViT-L/14 at 336 pixels, Vicuna-7B, MobileNetV2 for colormaps."""
-        return cls()
+        return cls(lora=lora)
 
     @classmethod
-    def vicuna_13b(cls) -> "GellaConfig":
+    def vicuna_13b(cls, lora: LoraConfig | None = None) -> "GellaConfig":
         """The same with Vicuna-13B."""
-        return cls(llm=LlamaConfig.llama_13b())
+        return cls(llm=LlamaConfig.llama_13b(), lora=lora)
 
 
 class VisionBranch(nnx.Module):
@@ -190,6 +195,7 @@ class Gella(nnx.Module):
             rngs=rngs,
             param_dtype=param_dtype,
         )
+        self.lora = None if config.lora is None else Lora(config.lora, config.llm, **kwargs)
 
     def vision_tokens(self, image_bhwc: Num[Array, "b s s 3"], size_b2: Int[Array, "b 2"]) -> Float[Array, "b g g c"]:
         """See `VisionBranch.vision_tokens`."""
@@ -207,12 +213,10 @@ class Gella(nnx.Module):
         return insert_image(self.llm.embed(ids_bt), ids_bt, self.config.image_id, image)
 
     def text(
-        self,
-        vision_bghc: Float[Array, "b g g c"],
-        ids_bt: Int[Array, "b t"],
+        self, vision_bghc: Float[Array, "b g g c"], ids_bt: Int[Array, "b t"], *, lora_key: Array | None = None
     ) -> Float[Array, "b t d"]:
-        """Hidden states after the final norm."""
-        hidden, _ = self.llm(self.embed_text(vision_bghc, ids_bt))
+        """Hidden states after the final norm; `lora_key` switches the adapters' dropout on."""
+        hidden, _ = self.llm(self.embed_text(vision_bghc, ids_bt), lora=self.lora, lora_key=lora_key)
         return hidden
 
     def noun_states(self, hidden_btd: Float[Array, "b t d"], seg_pos_bv: Int[Array, "b v"]) -> Float[Array, "b v d"]:

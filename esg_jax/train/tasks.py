@@ -91,13 +91,13 @@ class GroundingTask:
         """All losses that the batch has targets for."""
         config = self.config
         total, terms = jnp.zeros(()), {}
-        keys = jax.vmap(lambda key: jax.random.split(key, 3))(keys)  # colours, points, drop path
-        vision = self._vision(model, batch, keys, normalizers)
+        keys = jax.vmap(lambda key: jax.random.split(key, 4))(keys)  # colours, points, drop path, adapters
+        vision = self._vision(model, batch, keys[:, :3], normalizers)
         if "label_map" in batch:
             segmentation, terms, embed, assignment = vision[1:]
             total += config.segmentation * segmentation
         if "ids" in batch:
-            hidden = model.text(vision[0], batch["ids"])
+            hidden = model.text(vision[0], batch["ids"], lora_key=keys[0, 3])
             answer = answer_loss(
                 model.llm.logits, hidden, batch["ids"], batch["answer"], normalizer=normalizers["tokens"]
             )
