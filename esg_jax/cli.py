@@ -13,6 +13,7 @@ from esg_jax import __version__
 # name -> (module with `add_parsers(subparsers)`, one line of help). Modules may offer several names.
 COMMANDS = {
     "predict": ("esg_jax.inference.commands", "entity masks of an image or a folder"),
+    "ground": ("esg_jax.inference.ground_commands", "which masks a text speaks of"),
     "convert": ("esg_jax.interop.commands", "checkpoints from PyTorch and to PyTorch"),
     "export": ("esg_jax.interop.commands", "compiled inference as a file that needs only jax"),
     "evaluate": ("esg_jax.evaluation.commands", "score saved predictions with the papers' metrics"),

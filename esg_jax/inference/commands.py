@@ -64,7 +64,7 @@ def add_parsers(subparsers: Any) -> None:
     add("--buckets", type=_buckets, default=(), metavar="HxW,...",
         help="pad views to the smallest of these sizes (multiples of 32) instead of the next multiples of 32: fewer "
         "compilations for folders of mixed shapes, slightly different masks")  # fmt: skip
-    add("--batch-size", type=_positive, default=1, metavar="N",
+    add("--batch-size", type=positive, default=1, metavar="N",
         help="images per step, split over the local devices (default: 1)")  # fmt: skip
     add("--precision", choices=("float32", "bfloat16"), default="float32",
         help="of the computation (default: float32; bfloat16 is faster on GPU and TPU)")  # fmt: skip
@@ -90,7 +90,8 @@ def _buckets(text: str) -> tuple[tuple[int, int], ...]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected sizes like 800x1088,1088x800") from error
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Argument type: an integer from 1 on."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
@@ -169,7 +170,7 @@ class _Job:
         from esg_jax.inference.writers import CocoFile
 
         self.args, self.images, self.image_ids = args, images, image_ids
-        self.stems = _unique_stems(images)
+        self.stems = unique_stems(images)
         self.coco = CocoFile()
         self.failures: list[tuple[Path, Exception]] = []
         self.done = self.entities = 0
@@ -181,7 +182,7 @@ class _Job:
 
         # Files are drawn and compressed while the next images are predicted; at most four wait.
         writing: deque[tuple[int, Future]] = deque()
-        with _progress(len(self.images)) as advance, ThreadPoolExecutor(2) as pool:
+        with progress(len(self.images), "predicting") as advance, ThreadPoolExecutor(2) as pool:
             for index, result in predictor.predict_many(self.images, batch_size=self.args.batch_size):
                 if isinstance(result, Exception):
                     self.failures.append((self.images[index], result))
@@ -245,13 +246,13 @@ class _Job:
             print(f"{len(self.failures)} of {len(self.images)} images failed{stopped}", file=sys.stderr)
 
 
-def _unique_stems(images: list[Path]) -> list[str]:
+def unique_stems(images: list[Path]) -> list[str]:
     """Output names: the stem, or the whole name where two images share a stem."""
     stems = [image.stem for image in images]
     return [image.name if stems.count(image.stem) > 1 else image.stem for image in images]
 
 
-def _progress(total: int):
+def progress(total: int, text: str):
     """Context manager that yields `advance()`; a bar with the time left, only when attached to a terminal."""
     import contextlib
 
@@ -261,11 +262,11 @@ def _progress(total: int):
     @contextlib.contextmanager
     def bar():
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-            task = progress.add_task("compiling, then predicting", total=total)
+        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as shown:
+            task = shown.add_task(f"compiling, then {text}", total=total)
 
             def advance() -> None:
-                progress.update(task, advance=1, description="predicting")
+                shown.update(task, advance=1, description=text)
 
             yield advance
 

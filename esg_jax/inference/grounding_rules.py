@@ -31,6 +31,7 @@ class GroundingConfig:
         order_averages: category lists are asked in this many random orders and averaged; 1 keeps the given order.
         classes_per_entity, max_instances: of instance prediction.
         output_masks: "input" (the given masks, exact outlines) or "reconstructed" (the model's own).
+        colorings: scores are averaged over this many random colourings of the entities.
     """
 
     match_iou: float = 0.5
@@ -48,6 +49,7 @@ class GroundingConfig:
     classes_per_entity: int = 3
     max_instances: int = 100
     output_masks: str = "input"
+    colorings: int = 1
 
     def __post_init__(self):
         choices = {

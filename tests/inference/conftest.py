@@ -1,13 +1,21 @@
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from esg_jax.inference.grounding import Grounder
+from esg_jax.inference.grounding_rules import GroundingConfig
+from esg_jax.inference.masks_in import disjoint_masks
+from esg_jax.input.mask_files import read_masks
 from esg_jax.models.backbones.swin import SwinConfig
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
+from esg_jax.models.gella import Gella
 from esg_jax.models.mask_decoder import MaskDecoderConfig
 from esg_jax.models.pixel_decoder import PixelDecoderConfig
 from esg_jax.models.view_association import AssociationConfig
+from esg_jax.text.prompts import Prompts
 from esg_jax.weights import save_weights
 
 TINY = CropFormerConfig(
@@ -48,3 +56,76 @@ def tiny_checkpoint(tiny_model, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
     save_weights(path, tiny_model, {"inference": {"min_size": 64, "max_size": 96}})
     return path
+
+
+class WordTokenizer:
+    """A fixed id per word or sign; unknown words share ids, so decoding gives some word of that id."""
+
+    bos_id, eos_id, pad_id, image_id, seg_id, vocab_size = 1, 2, 61, 60, 62, 63
+
+    def __init__(self):
+        self.words = {}
+
+    def encode(self, text):
+        ids = []
+        for word in re.findall(r" ?\w+|.", text):
+            token = 3 + sum(word.encode()) % 56
+            self.words.setdefault(token, word)
+            ids.append(token)
+        return ids
+
+    def decode(self, ids):
+        return "".join(self.words.get(int(token), " ?") for token in ids)
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer():
+    """For the tiny GELLA."""
+    return WordTokenizer()
+
+
+@pytest.fixture(scope="session")
+def short_prompts(tmp_path_factory):
+    """Wording that fits into 128 tokens."""
+    file = tmp_path_factory.mktemp("prompts") / "short.yaml"
+    file.write_text(
+        "conversations: {vicuna: {system: ''}}\nquestions: {extraction: ['Nouns: {text}'], description: ['Tell me']}\n"
+    )
+    return Prompts.load(file)
+
+
+@pytest.fixture(scope="session")
+def tiny_gella(tiny_gella_config):
+    """A GELLA with random weights."""
+    return Gella(tiny_gella_config, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="session")
+def make_grounder(tiny_gella, short_prompts, word_tokenizer):
+    """`make_grounder(batch_size, **fields of GroundingConfig)`."""
+
+    def build(batch_size=2, **rules):
+        # Random weights reconstruct nothing, so every match counts.
+        config = GroundingConfig(**{"match_iou": 0.0, **rules})
+        return Grounder(tiny_gella, word_tokenizer, short_prompts, config, batch_size=batch_size, max_new_tokens=6)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def grounder(make_grounder):
+    """Two images at a time, default rules."""
+    return make_grounder()
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """Three images of different shapes with three entities each."""
+    rng = np.random.default_rng(0)
+    images, masks = [], []
+    for height, width in ((40, 60), (60, 40), (30, 30)):
+        images.append(rng.integers(0, 256, (height, width, 3), np.uint8))
+        labels = np.zeros((height, width), np.int32)
+        labels[: height // 2], labels[height // 2 :, : width // 2], labels[height // 2 :, width // 2 + 3 :] = 5, 9, 2
+        masks.append(disjoint_masks(read_masks(labels, (height, width))))
+    return images, masks

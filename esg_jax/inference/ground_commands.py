@@ -1,0 +1,349 @@
+"""`esg ground`: which masks a text speaks of."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from esg_jax.inference.commands import FAILED, OK, USAGE, positive, progress, unique_stems
+
+_DESCRIPTION = """\
+Finds the entities that a text speaks of, in one image or in every image of a folder. Say what to ground with one of
+
+  --caption            the model describes the image and grounds its own nouns
+  --text TEXT          the nouns of TEXT (listed by the model, or exactly those of --phrases)
+  --refer TEXT         the one thing that TEXT refers to, "not found" when nothing fits
+  --question TEXT      what answers the question
+  --categories NAMES   every entity gets one of these names (a,b,c or a file with a name per line)
+
+Masks come from the packaged CropFormer, or from anywhere else with --masks. Written into --out
+
+  NAME_grounding.png   the photograph, every phrase in the colour of its masks, what was not found struck through
+  grounding.json       per image: phrases with span, mask ids, scores and RLE, and all entities
+
+A bad file is reported at the end and the job goes on; the exit status is 1 when any failed, 2 for a wrong command."""
+
+_EXAMPLES = """\
+examples:
+  esg ground photo.jpg --out found --text "a dog next to two red chairs" --phrases dog "two red chairs"
+  esg ground photo.jpg --out found --refer "the cup on the left" --masks photo_masks.png
+  esg ground photos/ --out found --caption --batch-size 4
+  esg ground photos/ --out found --categories names.txt --stuff sky,road --masks masks/
+  esg ground photo.jpg --out found --model gella.safetensors --tokenizer tokenizer.model --question "What can I sit on?"
+
+--masks takes a PNG label map (0 = nothing), a JSON list of COCO RLEs, a COCO JSON (also predictions.json of `esg
+predict`), .npy or .npz, or a folder of binary PNGs; for a folder of images a folder with one of these per image,
+named like it."""
+
+
+def add_parsers(subparsers: Any) -> None:
+    """Adds `ground` to the `esg` command; it sets `run(args) -> exit status`."""
+    parser = subparsers.add_parser(
+        "ground",
+        help="which masks a text speaks of",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("path", metavar="IMAGE_OR_FOLDER", type=Path, help="an image file, or a folder of them (not searched deeper)")
+    add("--out", metavar="DIR", type=Path, required=True, help="folder for the results; created when missing")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--caption", action="store_true", help="describe the image, then ground the description")
+    task.add_argument("--text", metavar="TEXT", help="ground the nouns of TEXT")
+    task.add_argument("--refer", metavar="TEXT", help="find the one thing that TEXT refers to")
+    task.add_argument("--question", metavar="TEXT", help="find what answers the question")
+    task.add_argument("--categories", metavar="NAMES", help="a,b,c or a file with a name per line")
+    add("--phrases", nargs="+", metavar="PHRASE", help="with --text: its noun phrases, instead of the model's list")
+    add("--answer", action="store_true", help="with --question: let the model answer in its own words")
+    add("--stuff", metavar="NAMES", default="", help="with --categories: those that are not countable (a,b or a file); "
+        "their entities are merged")  # fmt: skip
+    add("--instances", action="store_true", help="with --categories: scored instances, several classes per entity")
+    masks = parser.add_argument_group("masks")
+    masks.add_argument("--masks", metavar="PATH", type=Path, help="masks from elsewhere, see below")
+    masks.add_argument("--overlap", choices=("score", "area", "logit"), default="score",
+        help="who owns contested pixels: the best score (default), the smallest mask, or the largest score x "
+        "probability")  # fmt: skip
+    masks.add_argument("--min-area", type=positive, default=1, metavar="PX", help="drop smaller masks (default: 1)")
+    masks.add_argument("--segmenter", metavar="FILE", type=Path,
+        help="CropFormer checkpoint that makes the masks (default: the packaged demo weights)")  # fmt: skip
+    masks.add_argument("--mask-threshold", type=float, default=0.3, metavar="S",
+        help="use its entities with a score of at least S (default: 0.3)")  # fmt: skip
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="FILE", type=Path, help="GELLA weights (default: the packaged demo weights)")
+    model.add_argument("--tokenizer", metavar="FILE", help="tokenizer file or folder of the model's language model, or "
+        "'smollm2' for the packaged one (default: what the weights say)")  # fmt: skip
+    model.add_argument("--conversation", metavar="STYLE", help="vicuna or chatml (default: what the weights say)")
+    model.add_argument("--prompts", metavar="FILE", type=Path, help="YAML with the wording the model was trained with")
+    model.add_argument("--rule", action="append", default=[], metavar="NAME=VALUE",
+        help="a field of GroundingConfig: threshold=0.4, refer_merge=threshold, "
+        "output_masks=reconstructed, ...")  # fmt: skip
+    model.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
+    model.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images per step (default: 1)")
+    model.add_argument("--precision", choices=("float32", "bfloat16"), default="float32",
+        help="of the computation (default: float32)")  # fmt: skip
+    add("--no-pictures", action="store_true", help="write the JSON only")
+    add("--strict", action="store_true", help="stop at the first bad file")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Grounds; returns the exit status."""
+    from esg_jax.input.image_io import list_images
+
+    try:
+        images = list_images(args.path)
+        names, stuff = _names(args.categories, "--categories"), _names(args.stuff, "--stuff")
+        _check(args, names, stuff)
+        masks = _Masks(args, images)
+        args.out.mkdir(parents=True, exist_ok=True)
+        grounder = open_grounder(args)
+        masks.open(grounder.max_entities)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, ValueError, ImportError) as error:
+        print(f"esg ground: {error}", file=sys.stderr)
+        return USAGE
+    job = _Job(args, images, names, stuff)
+    started = time.monotonic()
+    try:
+        finished = job.run(grounder, masks)
+    finally:  # also after Ctrl-C: what is done is not lost
+        job.close()
+    job.report(time.monotonic() - started)
+    return OK if finished and not job.failures else FAILED
+
+
+def open_grounder(args: argparse.Namespace):
+    """The model with its tokenizer and wording; what the command line leaves open is looked up in the weights."""
+    import jax.numpy as jnp
+
+    import esg_jax
+    from esg_jax import weights
+    from esg_jax.config import from_dict
+    from esg_jax.inference.grounding import Grounder
+    from esg_jax.inference.grounding_rules import GroundingConfig
+    from esg_jax.interop.gguf import packaged_smollm2
+    from esg_jax.models.gella import Gella
+    from esg_jax.text.prompts import Prompts
+    from esg_jax.text.tokenizers import open_tokenizer
+
+    path = args.model or demo_grounder()
+    info = weights.read_info(path)[1] if weights.is_weights_file(path) else {}
+    known = info.get("grounding", {})
+    rules = from_dict(GroundingConfig, {**known.get("rules", {}), **_rules(args.rule)}, "--rule")
+    tokenizer = args.tokenizer or known.get("tokenizer")
+    if not tokenizer:
+        raise ValueError(f"{path} does not say which tokenizer it needs; give --tokenizer")
+    tokenizer = open_tokenizer(packaged_smollm2() if tokenizer == "smollm2" else tokenizer)
+    prompts = Prompts.load(args.prompts, args.conversation or known.get("conversation", "vicuna"))
+    model = esg_jax.load(path, dtype=getattr(jnp, args.precision))
+    if not isinstance(model, Gella):
+        raise ValueError(f"{path} holds a {type(model).__name__}, expected GELLA weights")
+    options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+    return Grounder(model, tokenizer, prompts, rules, **options)
+
+
+def demo_grounder() -> Path:
+    """The GELLA weights that ship with the package.
+
+    Raises:
+        FileNotFoundError: this installation has none.
+    """
+    import importlib.resources
+
+    path = Path(str(importlib.resources.files("esg_jax").joinpath("assets", "gella_demo.safetensors")))
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no GELLA demo weights at {path}; name some (--model FILE.safetensors), convert a published checkpoint "
+            "(`esg convert --help`), or train a small one (configs/gella_quickstart.py)"
+        )
+    return path
+
+
+def _names(text: str | None, option: str) -> list[str]:
+    if not text:
+        return []
+    path = Path(text)
+    if path.suffix == ".txt" or path.is_file():
+        if not path.is_file():
+            raise FileNotFoundError(f"{option}: no file {path}")
+        return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _check(args: argparse.Namespace, names: list[str], stuff: list[str]) -> None:
+    """Combinations that argparse cannot see, before anything slow is loaded."""
+    for option, allowed in (("phrases", "text"), ("answer", "question"), ("stuff", "categories"),
+                            ("instances", "categories")):  # fmt: skip
+        if getattr(args, option) and not getattr(args, allowed):
+            raise ValueError(f"--{option} goes with --{allowed}")
+    if args.categories is not None and not names:
+        raise ValueError("--categories is empty")
+    unknown = [name for name in stuff if name not in names]
+    if unknown:
+        raise ValueError(f"--stuff names {unknown[0]!r}, which --categories lacks")
+    for option in ("text", "refer", "question"):
+        text = getattr(args, option)
+        if text is not None and not text.strip():
+            raise ValueError(f"--{option} is empty")
+
+
+def _rules(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE to values; numbers become numbers."""
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--rule {pair!r}: expected NAME=VALUE")
+        try:
+            out[name] = json.loads(value)
+        except json.JSONDecodeError:
+            out[name] = value
+    return out
+
+
+class _Masks:
+    """Where the masks of an image come from: files, or a segmenter."""
+
+    def __init__(self, args: argparse.Namespace, images: list[Path]):
+        self.args, self.predictor = args, None
+        self.files: dict[Path, Path] = {}
+        path = args.masks
+        if path is None:
+            return
+        if not path.exists():
+            raise FileNotFoundError(f"--masks: no such file or folder: {path}")
+        whole = path.suffix == ".json" or len(images) == 1
+        if path.is_file() and not whole:
+            raise ValueError(f"--masks {path} is one file for {len(images)} images; give a COCO JSON or a folder")
+        for image, stem in zip(images, unique_stems(images), strict=True):
+            self.files[image] = path
+            if path.is_dir():
+                named = [path / f"{stem}{suffix}" for suffix in (".png", ".json", ".npz", ".npy", "")]
+                found = next((file for file in named if file.exists()), None)
+                if found is None and len(images) > 1:
+                    raise FileNotFoundError(f"--masks {path} has no {stem}.png, .json, .npz, .npy or folder {stem}")
+                self.files[image] = found or path
+
+    def open(self, max_entities: int) -> None:
+        """Loads the segmenter, when there are no files."""
+        self.max_entities = max_entities
+        if not self.files:
+            from esg_jax.inference.predictor import Predictor
+
+            self.predictor = Predictor.from_checkpoint(self.args.segmenter)
+
+    def of(self, image: Path, pixels):
+        """Disjoint entities of an image."""
+        from esg_jax.inference.masks_in import EntityMasks, disjoint_masks
+        from esg_jax.input.mask_files import read_masks
+
+        if self.predictor is not None:
+            prediction = self.predictor(pixels)
+            kept = prediction.above(self.args.mask_threshold)
+            if not len(kept):
+                raise ValueError(
+                    f"the segmenter found no entity with a score of {self.args.mask_threshold:g} or more in {image} "
+                    f"(the best has {prediction.scores.max(initial=0):.2f}): lower --mask-threshold"
+                )
+            return EntityMasks.from_prediction(kept, self.max_entities)
+        masks = read_masks(self.files[image], pixels.shape[:2], image.name)
+        options = {"overlap": self.args.overlap, "min_area": self.args.min_area}
+        return disjoint_masks(masks, max_entities=self.max_entities, **options)
+
+
+class _Job:
+    """Runs the images through the grounder and writes their files."""
+
+    def __init__(self, args: argparse.Namespace, images: list[Path], names: list[str], stuff: list[str]):
+        self.args, self.images, self.names = args, images, names
+        self.things = [name not in stuff for name in names]
+        self.stems = dict(zip(images, unique_stems(images), strict=True))
+        self.results: list[tuple[Path, Any]] = []
+        self.failures: list[tuple[Path, Exception]] = []
+
+    def run(self, grounder, masks: _Masks) -> bool:
+        """False when `--strict` stopped the job."""
+        from esg_jax.input.image_io import load_image
+
+        batch: list[tuple[Path, Any, Any]] = []
+        with progress(len(self.images), "grounding") as advance:
+            for position, image in enumerate(self.images, start=1):
+                try:
+                    pixels = load_image(image)
+                    batch.append((image, pixels, masks.of(image, pixels)))
+                except (FileNotFoundError, ValueError) as error:
+                    self.failures.append((image, error))
+                    advance()
+                if len(batch) == self.args.batch_size or (batch and position == len(self.images)):
+                    self._ground(grounder, batch)
+                    for _ in batch:
+                        advance()
+                    batch = []
+                if self.failures and self.args.strict:
+                    return False
+        return True
+
+    def _ground(self, grounder, batch: list[tuple[Path, Any, Any]]) -> None:
+        from esg_jax.inference import grounding_writers
+
+        images, pixels, masks = zip(*batch, strict=True)
+        try:
+            results = self._task(grounder, grounder.look(pixels, masks))
+        except ValueError as error:  # of the text, so of every image
+            self.failures += [(image, error) for image in images]
+            return
+        for image, shown, result in zip(images, pixels, results, strict=True):
+            if not self.args.no_pictures:
+                grounding_writers.write_picture(self.args.out / f"{self.stems[image]}_grounding.png", shown, result)
+            self.results.append((image, result))
+
+    def _task(self, grounder, scenes) -> list[Any]:
+        args, count = self.args, len(scenes)
+        if args.categories:
+            if args.instances:
+                return grounder.instances(scenes, self.names)
+            return grounder.panoptic(scenes, self.names, self.things)
+        if args.refer:
+            return grounder.refer(scenes, [args.refer] * count)
+        if args.question:
+            return grounder.reason(scenes, [args.question] * count, forced=not args.answer)
+        phrases = [args.phrases] * count if args.phrases else None
+        return grounder.ground(scenes, [args.text] * count, phrases)
+
+    def close(self) -> None:
+        if self.results:
+            records = [{"image": image.name, **result.to_dict()} for image, result in self.results]
+            (self.args.out / "grounding.json").write_text(json.dumps(records))
+
+    def report(self, seconds: float) -> None:
+        for image, result in self.results if len(self.results) <= 10 else ():
+            print(f"{image.name}: {_summary(result)}")
+        if self.results:
+            count = len(self.results)
+            print(f"{count} image{'s' * (count != 1)} in {seconds:.0f} s; results in {self.args.out}")
+        for path, error in self.failures:
+            message = str(error)
+            print(f"failed: {message if path.name in message else f'{path}: {message}'}", file=sys.stderr)
+        if self.failures:
+            print(f"{len(self.failures)} of {len(self.images)} images failed", file=sys.stderr)
+
+
+def _summary(result: Any) -> str:
+    """One line for the terminal."""
+    from esg_jax.inference.grounding_types import CategoryResult
+
+    ids = result.scene.masks.ids
+    if isinstance(result, CategoryResult):
+        found = [f"{result.names[s.category]} {s.score:.2f}" for s in result.segments[:20]]
+        return ", ".join(found) or "no entity is certain enough of any category"
+    parts = []
+    for phrase in result.phrases:
+        if phrase.found:
+            listed = ", ".join(f"{ids[e]} ({s:.2f})" for e, s in zip(phrase.entities, phrase.scores, strict=True))
+            parts.append(f"{phrase.text!r}: mask {listed}")
+        else:
+            parts.append(f"{phrase.text!r}: not found (best {phrase.best_score:.2f})")
+    text = f"{result.text!r} -> " if result.task in ("caption", "question") and result.text else ""
+    return text + ("; ".join(parts) or "no noun was named")

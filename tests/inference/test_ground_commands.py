@@ -1,0 +1,146 @@
+"""`esg ground` with the tiny GELLA: one good run, and what goes wrong before and while it runs."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from esg_jax.cli import main
+from esg_jax.evaluation.tasks_grounding import phrase_grounding, referring_segmentation
+from esg_jax.inference import ground_commands, grounding_writers
+from esg_jax.weights import save_weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, pictures):
+    """Three images and a broken one, with label maps in another folder."""
+    root = tmp_path_factory.mktemp("ground")
+    (root / "images").mkdir()
+    (root / "masks").mkdir()
+    for number, (image, masks) in enumerate(zip(*pictures, strict=True)):
+        Image.fromarray(image).save(root / "images" / f"{number}.png")
+        ids = np.array([0, *masks.ids])[masks.label_map]
+        Image.fromarray(ids.astype(np.uint8)).save(root / "masks" / f"{number}.png")
+    return root
+
+
+@pytest.fixture
+def esg(monkeypatch, grounder, folder, tmp_path, capsys):
+    """`esg(*arguments)` -> exit status, stdout, stderr; the model is loaded already."""
+    monkeypatch.setattr(ground_commands, "open_grounder", lambda args: grounder)
+
+    def run(*arguments, image="images", masks="masks"):
+        argv = ["ground", str(folder / image), "--out", str(tmp_path), *arguments]
+        status = main(argv + (["--masks", str(folder / masks)] if masks else []))
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_folder(esg, folder, tmp_path, pictures):
+    (folder / "images" / "9.png").write_text("broken")
+    (folder / "masks" / "9.png").write_text("")
+    try:
+        status, out, err = esg("--text", "a red dog sees two cats", "--phrases", "dog", "two cats")
+    finally:
+        (folder / "images" / "9.png").unlink()
+    assert status == 1 and "3 images in" in out and "'dog'" in out
+    assert "9.png" in err and "1 of 4 images failed" in err
+    records = json.loads((tmp_path / "grounding.json").read_text())
+    assert [record["image"] for record in records] == ["0.png", "1.png", "2.png"]
+    for record, masks in zip(records, pictures[1], strict=True):
+        assert [phrase["text"] for phrase in record["phrases"]] == ["dog", "two cats"]
+        assert [entity["id"] for entity in record["entities"]] == [2, 5, 9]
+        for phrase in record["phrases"]:
+            rows = [masks.ids.index(mask_id) for mask_id in phrase["mask_ids"]]
+            np.testing.assert_array_equal(coco_mask.decode(phrase["segmentation"]).astype(bool), masks.union(rows))
+    picture = np.asarray(Image.open(tmp_path / "0_grounding.png"))
+    assert picture.ndim == 3 and picture.shape[1] >= 60
+
+
+@pytest.mark.slow
+def test_categories(esg, tmp_path):
+    status, out, _ = esg("--categories", "dog,sky", "--stuff", "sky", "--rule", "threshold=0.3", "--no-pictures")
+    assert status == 0 and not list(tmp_path.glob("*.png"))
+    record = json.loads((tmp_path / "grounding.json").read_text())[0]
+    assert record["task"] == "panoptic" and {segment["category"] for segment in record["segments"]} <= {"dog", "sky"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("--text", " "), {}, "--text is empty"),
+        (("--refer", "x", "--phrases", "y"), {}, "--phrases goes with --text"),
+        (("--categories", ","), {}, "--categories is empty"),
+        (("--categories", "a", "--stuff", "b"), {}, "--stuff names 'b', which --categories lacks"),
+        (("--categories", "none.txt"), {}, "--categories: no file none.txt"),
+        (("--caption",), {"masks": "nowhere"}, "--masks: no such file or folder"),
+        (("--caption",), {"masks": "masks/0.png"}, "is one file for 3 images"),
+        (("--caption",), {"masks": "images/.."}, "has no 0.png, .json, .npz, .npy or folder 0"),
+        (("--caption",), {"image": "none.png"}, "image file or folder not found"),
+    ],
+)
+def test_wrong_use(monkeypatch, folder, tmp_path, capsys, arguments, options, message):
+    monkeypatch.setattr(ground_commands, "open_grounder", lambda args: pytest.fail("nothing slow before the checks"))
+    argv = ["ground", str(folder / options.get("image", "images")), "--out", str(tmp_path), *arguments]
+    assert main([*argv, "--masks", str(folder / options.get("masks", "masks"))]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_model_errors(folder, tmp_path, capsys, tiny_checkpoint):
+    argv = ["ground", str(folder / "images"), "--out", str(tmp_path), "--caption", "--masks", str(folder / "masks")]
+    for extra, message in (
+        (["--model", str(tmp_path / "none.safetensors")], "none.safetensors"),
+        (["--model", str(tiny_checkpoint)], "does not say which tokenizer it needs; give --tokenizer"),
+        (["--model", str(tiny_checkpoint), "--rule", "thresold=1"], "thresold"),
+        (["--model", str(tiny_checkpoint), "--rule", "threshold"], "expected NAME=VALUE"),
+    ):
+        assert main([*argv, *extra]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_model_file_says_what_it_needs(tmp_path, tiny_gella, capsys):
+    """Tokenizer, conversation style and rules are found in the weights; arguments override them."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: number for number, word in enumerate(["<unk>", "<s>", "</s>", *(f"w{k}" for k in range(57))])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    known = {"tokenizer": str(tmp_path / "tokenizer.json"), "conversation": "chatml", "rules": {"threshold": 0.4}}
+    save_weights(tmp_path / "gella.safetensors", tiny_gella, {"grounding": known})
+    parser = ground_commands.argparse.ArgumentParser()
+    ground_commands.add_parsers(parser.add_subparsers())
+    argv = ["ground", "x.png", "--out", "y", "--caption", "--model", str(tmp_path / "gella.safetensors")]
+    grounder = ground_commands.open_grounder(parser.parse_args([*argv, "--rule", "min_score=0.2"]))
+    assert (grounder.config.threshold, grounder.config.min_score) == (0.4, 0.2)
+    assert grounder.tokenizer.seg_id == 62 and grounder.prompts.system.startswith("You look at pictures")
+
+
+@pytest.mark.slow
+def test_official_formats(grounder, pictures, tmp_path):
+    """Files for `esg evaluate`: a perfect answer scores 1."""
+    scenes = grounder.look(*pictures)
+    result = grounder.ground(scenes[:1], ["a dog and cats"], [["dog", "cats"]], [[False, True]])[0]
+    truth = [{"gt": scenes[0].rle(phrase.entities), "plural": False, "isthing": True} for phrase in result.phrases]
+    record = grounding_writers.phrase_record("7_1", result, truth)
+    (tmp_path / "png.json").write_text(json.dumps([record]))
+    assert phrase_grounding(tmp_path / "png.json", tmp_path / "png.json").result()["AR"] == pytest.approx(1, abs=1e-4)
+    results = grounder.refer(scenes[:1] * 2, ["dog", "cat"])
+    truth = [{"gt": scenes[0].rle(r.phrases[0].entities)} for r in results]
+    (tmp_path / "res.json").write_text(json.dumps([grounding_writers.referring_record(7, results, truth)]))
+    scores = referring_segmentation(tmp_path / "res.json", tmp_path / "res.json").result()
+    assert max(value for value in scores.values() if isinstance(value, float)) == pytest.approx(1)
+    with pytest.raises(ValueError, match="2 predictions for 1 annotated ones"):
+        grounding_writers.phrase_record("7_1", result, truth[:1])
+    panoptic = grounder.panoptic(scenes[:1], ["dog", "sky"], [True, False])[0]
+    entry = grounding_writers.panoptic_record(tmp_path, 7, "seven", panoptic, [18, 187])
+    ids = np.asarray(Image.open(tmp_path / "seven.png")).astype(int) @ [1, 256, 65536]
+    assert set(np.unique(ids)) - {0} == {segment["id"] for segment in entry["segments_info"]}
+    instances = grounder.instances(scenes[:1], ["dog", "sky"])[0]
+    records = grounding_writers.instance_records(7, instances, [18, 187])
+    assert records and all(record["category_id"] in (18, 187) for record in records)
+    assert grounding_writers.text_record(result) == ["dog", "cats"]

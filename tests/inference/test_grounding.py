@@ -1,0 +1,143 @@
+"""Grounding with a tiny random GELLA: what goes in comes out in the right place, whatever the batch."""
+
+import copy
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from esg_jax.inference.grounding import Grounder
+from esg_jax.inference.grounding_rules import GroundingConfig, entity_scores
+from esg_jax.inference.masks_in import disjoint_masks
+from esg_jax.input.mask_files import read_masks
+from esg_jax.input.square import square_image, square_labels
+from esg_jax.text.sequences import SequenceBuilder, Turn
+
+pytestmark = pytest.mark.slow
+TEXT = "a red dog sees two cats near the dog"
+
+
+@pytest.fixture(scope="module")
+def scenes(grounder, pictures):
+    return grounder.look(*pictures)
+
+
+def with_rules(grounder, **rules):
+    """The same compiled programs with other rules."""
+    other = copy.copy(grounder)
+    other.config = GroundingConfig(**rules)
+    return other
+
+
+def test_scenes(scenes, grounder):
+    assert [scene.masks.ids for scene in scenes] == [(2, 5, 9)] * 3
+    for scene in scenes:
+        assert len(set(scene.query[0].tolist())) == 3 and scene.groundable.all()
+        assert scene.embed.shape == (1, grounder.max_entities, 32) and scene.entityness.shape == (3,)
+
+
+def test_scores_are_the_models(tiny_gella, short_prompts, word_tokenizer, grounder, pictures, scenes):
+    """The forced pass against the model called by hand on one image."""
+    image, size = square_image(pictures[0][0], 32)
+    labels, _ = square_labels(pictures[1][0].label_map, 64)
+    builder = SequenceBuilder(word_tokenizer, short_prompts, tiny_gella.config.grid**2)
+    sequence = builder.build([Turn(f"Nouns: {TEXT}", short_prompts.list_answer(["red dog", "two cats"]))])
+    vision = tiny_gella.vision_tokens(jnp.asarray(image)[None], jnp.asarray(size)[None])
+    keys = jax.random.split(jax.random.key(0), 1)
+    embed = tiny_gella.entities(vision, jnp.asarray(labels)[None], keys).embed
+    hidden = tiny_gella.text(vision, jnp.asarray(sequence.ids)[None])
+    logits = tiny_gella.associate(model.noun_states(hidden, jnp.asarray(sequence.seg_pos)[None]), embed)
+    expected = entity_scores(np.asarray(logits)[0], scenes[0].query[0])
+    result = grounder.ground(scenes[:1], [TEXT], [["red dog", "two cats"]])[0]
+    assert [phrase.text for phrase in result.phrases] == ["red dog", "two cats"]
+    assert [phrase.span for phrase in result.phrases] == [(2, 9), (15, 23)]
+    np.testing.assert_allclose([phrase.best_score for phrase in result.phrases], expected.max(1), atol=1e-5)
+    first = result.phrases[0]
+    np.testing.assert_allclose(first.scores, expected[0][list(first.entities)], atol=1e-5)
+    np.testing.assert_array_equal(result.mask(first), scenes[0].masks.union(first.entities))
+
+
+def test_results_do_not_depend_on_the_batch(grounder, pictures, scenes):
+    images, masks = pictures
+    together = grounder.ground(scenes, [TEXT] * 3, [["red dog", "cats", "the dog"]] * 3)
+    for index, wanted in enumerate(together):
+        (scene,) = grounder.look(images[index : index + 1], masks[index : index + 1])
+        alone = grounder.ground([scene], [TEXT], [["red dog", "cats", "the dog"]])[0]
+        for ours, theirs in zip(alone.phrases, wanted.phrases, strict=True):
+            assert ours.entities == theirs.entities
+            np.testing.assert_allclose(ours.best_score, theirs.best_score, atol=1e-5)
+
+
+def test_generated_answers(grounder, scenes):
+    (result,) = grounder.ground(scenes[:1], [TEXT])  # random weights rarely say <SEG>, but every step runs
+    assert result.task == "text" and result.text == TEXT
+    assert all(phrase.best_score <= 1 for phrase in result.phrases)
+    caption = grounder.describe(scenes[:2])
+    assert len(caption) == 2 and grounder.describe(scenes[1:2]) == caption[1:]
+
+
+def test_expressions_and_questions(grounder, scenes):
+    sure, unsure = with_rules(grounder, min_score=0.0), with_rules(grounder, min_score=1.0, empty_score=1.0)
+    (found,) = sure.refer(scenes[:1], ["the red dog "])
+    assert found.text == "the red dog" and len(found.phrases) == 1 and len(found.phrases[0].entities) == 1
+    (lost,) = unsure.refer(scenes[:1], ["the red dog"])
+    assert not lost.phrases[0].found and not lost.mask(lost.phrases[0]).any()
+    (answer,) = unsure.reason(scenes[:1], ["Who barks?"])
+    assert answer.prompt == "Who barks?" and not answer.phrases[0].found and answer.phrases[0].best_score > 0
+
+
+def test_categories(grounder, scenes):
+    whole = with_rules(grounder, panoptic_score=0.0)
+    names = ["cat", "floor-other-merged", "dog", "sky", "rug"]
+    (result,) = whole.panoptic(scenes[:1], names, [True, False, True, False, True])
+    assert sorted(entity for segment in result.segments for entity in segment.entities) == [0, 1, 2]
+    scored = whole.instances(scenes[:1], names)[0].segments
+    assert len(scored) == 9 and list(scored) == sorted(scored, key=lambda segment: -segment.score)
+    # In parts: every part is its own sentence, so its scores are those of its names alone.
+    parts = with_rules(grounder, class_names_per_prompt=3).category_scores(scenes[:1], names)[0]
+    alone = whole.category_scores(scenes[:1], names[:3])[0]
+    np.testing.assert_allclose(parts[:3], alone, atol=1e-5)
+    assert parts.shape == (5, 3)
+
+
+def test_reconstructed_masks_and_averaged_colorings(make_grounder, pictures):
+    both = make_grounder(1, output_masks="reconstructed", colorings=2)
+    (scene,) = both.look(pictures[0][:1], pictures[1][:1])
+    assert scene.probabilities.shape == (3, 16, 16)
+    assert scene.mask((0,)).shape == (40, 60)
+    wide = dataclasses.replace(scene, probabilities=np.pad(np.ones((3, 8, 16), np.float32), ((0, 0), (0, 8), (0, 0))))
+    assert wide.mask((0,))[:24].all()  # the lower half of the square is partly padding
+    (result,) = both.ground([scene], [TEXT], [["dog"]])
+    singles = []
+    for k in range(2):
+        one = dataclasses.replace(scene, embed=scene.embed[[k, k]], query=scene.query[[k, k]])
+        singles.append(both.ground([one], [TEXT], [["dog"]])[0].phrases[0].best_score)
+    assert min(singles) - 1e-6 <= result.phrases[0].best_score <= max(singles) + 1e-6
+
+
+def test_bad_input(grounder, scenes, pictures, tiny_gella, short_prompts, word_tokenizer):
+    images, masks = pictures
+    for call, message in (
+        (lambda: grounder.ground(scenes[:1], [" "]), "the text is empty"),
+        (lambda: grounder.ground(scenes[:1], ["dog " * 200], [["dog"]]), "more than the 128 allowed"),
+        (lambda: grounder.ground(scenes[:1], ["dog " * 200]), "more than the"),
+        (lambda: grounder.ground(scenes[:1], [TEXT], [["dog", " "]]), "text 1 has an empty phrase"),
+        (lambda: grounder.ground(scenes[:1], [TEXT], []), "0 lists of phrases for 1 texts"),
+        (lambda: grounder.refer(scenes[:1], [""]), "the text is empty"),
+        (lambda: grounder.panoptic(scenes[:1], ["a", "b"], [True]), "1 is_thing for 2 names"),
+        (lambda: grounder.look(images[:1], masks[1:2]), "image 1 is (40, 60), its masks are (60, 40)"),
+        (lambda: grounder.look([images[0].astype(np.float32)], masks[:1]), "image 1 is float32"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call()
+    labels = np.arange(64).reshape(8, 8)
+    many = disjoint_masks(read_masks(labels, (8, 8)))
+    with pytest.raises(ValueError, match="image 1 has 63 masks; the model takes 1 to 8"):
+        grounder.look([np.zeros((8, 8, 3), np.uint8)], [many])
+    other = copy.copy(word_tokenizer)
+    other.seg_id = 59
+    with pytest.raises(ValueError, match="the model's seg_id is 62, the tokenizer's 59"):
+        Grounder(tiny_gella, other, short_prompts)
