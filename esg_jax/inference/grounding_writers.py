@@ -43,7 +43,7 @@ def write_picture(path: str | Path, image_hw3: np.ndarray, result: GroundingResu
 def phrase_record(
     image_id: Any, result: GroundingResult, truth: Sequence[Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """One narrative for `esg evaluate png`.
+    """One narrative for `esg evaluate png-ar`.
 
     Args:
         image_id: unique id of the narrative.
@@ -65,7 +65,7 @@ def referring_record(
 
 
 def text_record(result: GroundingResult) -> list[str]:
-    """The grounded phrases of a generated caption, for AR_text."""
+    """The grounded phrases of a generated caption, for `esg evaluate ar-text`."""
     return [phrase.text for phrase in result.phrases if phrase.found]
 
 
