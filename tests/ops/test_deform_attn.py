@@ -1,5 +1,7 @@
 """One suite for every implementation of deformable attention, against a float64 loop. Pallas runs in interpret mode."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 
-from esg_jax.ops.deform_attn import cuda, deform_attn, xla
+from esg_jax.ops.deform_attn import cuda, deform_attn, pallas_gpu, xla
 
 ON_GPU = jax.default_backend() == "gpu" and not cuda.missing()
 CUDA = pytest.param(
@@ -217,6 +219,25 @@ def test_packed_form_for_tpu(kind):
     grads = jax.jit(xla.packed_backward, static_argnums=1)(values, SHAPES, *args[1:], grad_out)
     for actual, wanted in zip(grads, expected_grads, strict=True):
         assert_close(actual, wanted, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "tolerance"),
+    [
+        (dict(queries=9, batch=6, heads=1, points=1), jnp.float32, 1e-5),
+        (dict(queries=3, batch=1, points=2, channels=64), jnp.bfloat16, 1.5e-2),
+    ],
+)
+def test_pallas_gpu(options, dtype, tolerance):
+    """The Mosaic GPU kernel, interpreted off GPU. Every image has another kind of locations: callbacks are slow."""
+    shapes = ((3, 5), (1, 1))
+    values, locations, weights = example(shapes, **{"channels": 32, **options}, dtype=dtype)
+    kinds = ["random", "pixel centres", "pixel borders", "map borders", "outside", "huge"][: len(locations)]
+    locations = np.concatenate([place(kind, locations[i : i + 1], shapes) for i, kind in enumerate(kinds)])
+    forward = functools.partial(pallas_gpu.forward, interpret=jax.default_backend() != "gpu")
+    out = jax.jit(forward, static_argnums=1)(values, shapes, locations, weights)
+    assert out.dtype == dtype
+    assert_close(out, reference(values, shapes, locations, weights)[0], tolerance)
 
 
 def test_argument_errors():

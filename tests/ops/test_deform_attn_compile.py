@@ -4,6 +4,7 @@ import ctypes
 import os
 import shutil
 import subprocess
+import types
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from esg_jax.ops.deform_attn import cuda, deform_attn
+from esg_jax.ops.deform_attn import cuda, deform_attn, pallas_gpu
 
 LEVELS = ((25, 42), (50, 84), (100, 167))
 LEVELS4 = ((13, 21), *LEVELS)
@@ -128,6 +129,49 @@ def test_cuda_compiles_for_sm_80_and_sm_90(tmp_path):
 def test_cuda_limits(shape, dtype, shapes, reason):
     refusal = cuda.unsupported(shape, dtype, shapes)
     assert (reason is None and refusal is None) or reason in refusal
+
+
+def test_pallas_gpu_lowering(monkeypatch):
+    """Mosaic GPU takes the forward kernel under vmap and grad; nobody gets it without asking, and no other platform."""
+    levels = ((7, 5), (3, 3))
+    args = abstract_arguments(levels, 300, jnp.bfloat16, None, batch=2)
+    monkeypatch.setattr(cuda, "available", lambda: False)
+
+    def lowered(implementation, platform="cuda"):
+        def loss(*arrays):
+            out = deform_attn(arrays[0], levels, *arrays[1:], implementation=implementation)
+            return (out.astype(jnp.float32) ** 2).sum()
+
+        batched = [jax.ShapeDtypeStruct((2, *a.shape), a.dtype) for a in args]
+        function = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2))))
+        return function.trace(*batched).lower(lowering_platforms=(platform,)).as_text()
+
+    assert "@mosaic_gpu_v2" in lowered("pallas_gpu")
+    assert "mosaic" not in lowered(None)
+    with pytest.raises(Exception, match="cpu|CPU"):
+        lowered("pallas_gpu", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "shapes", "reason"),
+    [
+        ((1, 6, 2, 48), jnp.float32, ((2, 3),), "48 channels"),
+        ((1, 6, 2, 32), jnp.int32, ((2, 3),), "int32"),
+        ((1, 2**20, 64, 32), jnp.float32, ((1024, 1024),), "2**31"),
+        ((1, 6, 2, 128), jnp.float16, ((2, 3),), None),
+    ],
+)
+def test_pallas_gpu_limits(shape, dtype, shapes, reason):
+    refusal = pallas_gpu.unsupported(shape, dtype, shapes, (1, 5, shape[2], len(shapes), 4))
+    assert (reason is None and refusal is None) or reason in refusal
+
+
+def test_pallas_gpu_refuses_old_gpus(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability="8.0")])
+    args = abstract_arguments(((2, 3),), 5, jnp.float32, None)
+    with pytest.raises(ValueError, match="compute capability 9.0"):
+        deform_attn(args[0], ((2, 3),), *args[1:], implementation="pallas_gpu")
 
 
 @pytest.fixture(scope="session")

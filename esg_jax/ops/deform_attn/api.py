@@ -8,10 +8,10 @@ from jax import lax
 from jax import numpy as jnp
 from jaxtyping import Array, Float
 
-from esg_jax.ops.deform_attn import cuda, pallas_tpu, xla
+from esg_jax.ops.deform_attn import cuda, pallas_gpu, pallas_tpu, xla
 from esg_jax.ops.deform_attn.xla import Shapes
 
-Implementation = Literal["xla", "pallas_tpu", "cuda"]
+Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "cuda"]
 
 
 def deform_attn(
@@ -35,7 +35,8 @@ def deform_attn(
       weights_bqhlp: attention weights, softmaxed over (L, P) by the caller. float32.
       implementation: None chooses by platform (when the computation is lowered) and shape: the Pallas kernel on TPU
         where a level fits its memory, the CUDA kernel on NVIDIA GPUs once it is built, else XLA. "xla" runs everywhere,
-        "pallas_tpu" in (slow) interpret mode off TPU, "cuda" only on NVIDIA GPUs.
+        "pallas_tpu" in (slow) interpret mode off TPU, "cuda" only on NVIDIA GPUs. "pallas_gpu" is never chosen by
+        itself: a forward kernel for NVIDIA GPUs of compute capability 9.0 or higher, with XLA's gradients.
 
     Returns:
       (B, Q, H*D) in the dtype of the values.
@@ -64,11 +65,13 @@ def _jit(function, **options):
 _FORWARD = {
     "xla": {"tpu": _jit(xla.packed_forward), "default": _jit(xla.forward)},
     "pallas_tpu": {"tpu": _jit(pallas_tpu.forward), "default": _jit(pallas_tpu.forward, interpret=True)},
+    "pallas_gpu": {"cuda": _jit(pallas_gpu.forward)},
     "cuda": {"cuda": _jit(cuda.forward)},
 }
 _BACKWARD = {
     "xla": {"tpu": _jit(xla.packed_backward), "default": _jit(xla.backward)},
     "pallas_tpu": {"tpu": _jit(pallas_tpu.backward), "default": _jit(pallas_tpu.backward, interpret=True)},
+    "pallas_gpu": {"cuda": _jit(xla.backward)},
     "cuda": {"cuda": _jit(cuda.backward)},
 }
 _PREFERRED = {"tpu": "pallas_tpu", "cuda": "cuda"}
@@ -104,7 +107,7 @@ def _dispatch(table, implementation, values, shapes, *arrays):
         platform: functools.partial(lambda function, values, *arrays: function(values, shapes, *arrays), function)
         for platform, function in functions.items()
     }
-    if implementation == "cuda":
+    if list(branches) == ["cuda"]:
         return branches["cuda"](values, *arrays)  # lowering for another platform then names the missing target
     return lax.platform_dependent(values, *arrays, **branches)
 
@@ -112,6 +115,8 @@ def _dispatch(table, implementation, values, shapes, *arrays):
 def _refusal(implementation, values, shapes, weights) -> str | None:
     if implementation == "pallas_tpu":
         return pallas_tpu.unsupported(values.shape, values.dtype, shapes, weights.shape[4])
+    if implementation == "pallas_gpu":
+        return pallas_gpu.unsupported(values.shape, values.dtype, shapes, weights.shape) or pallas_gpu.missing()
     if implementation == "cuda":
         return cuda.unsupported(values.shape, values.dtype, shapes) or cuda.missing()
     return None
@@ -120,10 +125,10 @@ def _refusal(implementation, values, shapes, weights) -> str | None:
 def available_implementations() -> tuple[Implementation, ...]:
     """Implementations that run natively on the default platform of this process."""
     platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    preferred = _PREFERRED.get(platform)
-    if preferred is None or (preferred == "cuda" and cuda.missing()):
-        return ("xla",)
-    return ("xla", preferred)
+    if platform == "cuda":
+        optional = {"pallas_gpu": pallas_gpu.missing(), "cuda": cuda.missing()}
+        return ("xla", *(name for name, reason in optional.items() if reason is None))
+    return ("xla", "pallas_tpu") if platform == "tpu" else ("xla",)
 
 
 def _check_implementation(implementation, values, shapes, weights):
