@@ -10,6 +10,7 @@ interruption: the run continues exactly where its last checkpoint left it. Ctrl-
 import importlib.util
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def run(config: RunConfig, workdir: Path) -> None:
     if jax.process_index() == 0:
         model = step.model.merge(weights, weights)
         info = {"steps": done, "config": config.as_dict(), "inference": inference_size(config)}
-        save_weights(workdir / "model.safetensors", model, info)
+        save_weights(workdir / "model.safetensors", model, info, leave_out=unchanged(config, step.model.params))
         log.info("step %d of %d; weights in %s", done, total, workdir / "model.safetensors")
     if done < total:
         log.info("stopped early; the same command goes on from here")
@@ -103,7 +104,10 @@ def initial_weights(config: RunConfig, shapes):
         if path.exists() and not path.is_dir() and not is_our_file(path):
             weights = from_pytorch(path, shapes, allow_missing=config.init_optional)
             return fit_weights(weights, shapes, optional=config.init_optional, source=config.init_from)
-        return fit_weights(read_weights(path), shapes, optional=config.init_optional, source=config.init_from)
+        weights = read_weights(path)
+        if isinstance(config.model, GellaConfig):  # a LLaVA brings its image encoder under another name
+            weights = {re.sub(r"^vision\.", "visual.image_encoder.", name): value for name, value in weights.items()}
+        return fit_weights(weights, shapes, optional=config.init_optional, source=config.init_from)
     weights = {}
     if config.backbone_weights:
         path = mobilenet_path() if config.backbone_weights == "imagenet" else config.backbone_weights
@@ -117,6 +121,12 @@ def initial_weights(config: RunConfig, shapes):
     if not weights:
         log.info("no init_from, backbone_weights or llm_weights: all weights start at random")
     return weights or None
+
+
+def unchanged(config: RunConfig, trained) -> str:
+    """Pattern of weights that need no second copy: a frozen language model that the user has as a file."""
+    whole = config.llm_weights and not any(name.startswith("llm.") for name in trained)
+    return r"^llm\." if whole else ""
 
 
 def open_batches(config: RunConfig):

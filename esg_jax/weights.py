@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,9 @@ def named_arrays(model: nnx.Module) -> dict[str, Any]:
     return {".".join(map(str, path)): variable.get_value() for path, variable in flat}
 
 
-def save_weights(path: str | Path, model: nnx.Module, info: dict[str, Any] | None = None, dtype=np.float32) -> None:
+def save_weights(
+    path: str | Path, model: nnx.Module, info: dict[str, Any] | None = None, dtype=np.float32, leave_out: str = ""
+) -> None:
     """Writes the model to `path`.
 
     Args:
@@ -42,13 +46,17 @@ def save_weights(path: str | Path, model: nnx.Module, info: dict[str, Any] | Non
             process.
         info: facts for the reader (steps, data, scores); stored as JSON in the metadata.
         dtype: type of the stored floating-point arrays; float16 halves the file.
+        leave_out: pattern of names that are not stored, because they come from elsewhere unchanged: a frozen language
+            model. `load_model` then needs them.
     """
     arrays = {}
     for name, value in named_arrays(model).items():
+        if leave_out and re.search(leave_out, name):
+            continue
         value = np.asarray(jax.device_get(value))
         value = value.astype(dtype) if value.dtype.kind == "f" else value
         arrays[name] = np.ascontiguousarray(value).reshape(value.shape)  # the former gives scalars an axis
-    metadata = file_metadata(model.config, info)
+    metadata = file_metadata(model.config, info) | {"left_out": leave_out}
     temporary = Path(path).with_suffix(".partial")
     save_file(arrays, temporary, metadata)
     temporary.replace(path)
@@ -103,24 +111,34 @@ def read_info(path: str | Path) -> tuple[Any, dict[str, Any]]:
     return config, json.loads(metadata["info"])
 
 
-def load_model(path: str | Path, *, dtype=jnp.float32, param_dtype=jnp.float32) -> nnx.Module:
+def load_model(
+    path: str | Path, *, dtype=jnp.float32, param_dtype=jnp.float32, given: Mapping[str, Any] | None = None
+) -> nnx.Module:
     """Builds the model described in `path` and fills in its weights.
 
     Args:
         path: a file written by `save_weights`.
         dtype: type of the computation.
         param_dtype: type the floating-point arrays are converted to.
+        given: the arrays by name that `save_weights` was told to leave out.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not our file, or its names or shapes do not fit the model it describes.
     """
     config, _ = read_info(path)
+    given = given or {}
     _, cls = config_from_dict(to_dict(config), "model")
     model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype))
     with safe_open(path, framework="numpy") as file:
-        names = set(file.keys())
+        stored = set(file.keys())
+        names = stored | set(given)
         wanted = named_arrays(model)
+        left_out = (file.metadata() or {}).get("left_out", "")
+        if left_out and any(re.search(left_out, name) and name not in names for name in wanted):
+            raise ValueError(
+                f"{path} was saved without the weights {left_out!r}; they must be given from where they came"
+            )
         if names != set(wanted):
             odd = sorted(names ^ set(wanted))
             raise ValueError(f"{path} does not fit its configuration; names on one side only: {', '.join(odd[:5])}")
@@ -128,7 +146,7 @@ def load_model(path: str | Path, *, dtype=jnp.float32, param_dtype=jnp.float32) 
         flat = dict(nnx.to_flat_state(state))
         for keys, variable in flat.items():
             name = ".".join(map(str, keys))
-            value, target = file.get_tensor(name), wanted[name]
+            value, target = file.get_tensor(name) if name in stored else given[name], wanted[name]
             if value.shape != target.shape:
                 raise ValueError(f"{path}: {name} has shape {value.shape}, the model needs {target.shape}")
             flat[keys] = variable.replace(jnp.asarray(value, target.dtype))

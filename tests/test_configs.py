@@ -9,6 +9,7 @@ from esg_jax.train.config import RunConfig
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 PLAIN = ("cropformer_r50", "cropformer_swin_l", "cropformer_swin_t", "demo", "entity_mini", "quickstart", "tiny")
+GELLA = ("gella_quickstart", "gella_reconstruction", "gella_vicuna_7b", "gella_vicuna_13b")
 MASK2FORMER = ("mask2former_entity", "mask2former_instance", "mask2former_panoptic", "mask2former_semantic")
 
 
@@ -17,7 +18,7 @@ def load(name, *arguments):
     return module, RunConfig.from_dict(module.get_config(*arguments).to_dict())
 
 
-@pytest.mark.parametrize("name", PLAIN + MASK2FORMER)
+@pytest.mark.parametrize("name", PLAIN + MASK2FORMER + GELLA)
 def test_config_is_whole(name):
     module, run = load(name)
     assert f"train.py --config=configs/{name}.py" in module.__doc__
@@ -55,7 +56,31 @@ def test_reference_schedules():
 
 def test_no_config_is_forgotten():
     found = {file.stem for file in FOLDER.glob("*.py")} - {"common", "finetune"}
-    assert found == set(PLAIN + MASK2FORMER)
+    assert found == set(PLAIN + MASK2FORMER + GELLA)
+
+
+def test_gella_sizes():
+    """Parameters of the language models, and what adapters leave to train (spec of LLaVA-1.5: 7.06 and 13.35 G)."""
+    for name, total in (("gella_vicuna_7b", 6_738_939_904), ("gella_vicuna_13b", 13_016_519_680)):
+        _, run = load(name, "lora")
+        definition = run.model_def()
+        weights = {**definition.params, **definition.constants}
+        assert sum(leaf.size for key, leaf in weights.items() if key.startswith("llm.")) == total
+        assert {key.split(".")[1] for key in definition.params if key.startswith("llm.")} == {"embed", "head"}
+        assert not any(key.startswith("visual.image_encoder.") for key in definition.params)
+    with pytest.raises(ValueError, match="choose full or lora"):
+        load("gella_vicuna_7b", "half")
+
+
+def test_gella_data_must_fit_the_model():
+    _, run = load("gella_quickstart")
+    values = run.as_dict()
+    values["data"]["map_size"] = 512
+    with pytest.raises(ValueError, match="data.map_size is 512, but the model needs 256"):
+        RunConfig.from_dict(values)
+    _, other = load("quickstart")
+    with pytest.raises(ValueError, match="needs a loss of type GellaLossConfig"):
+        RunConfig.from_dict({**run.as_dict(), "loss": other.as_dict()["loss"]})
 
 
 def test_old_configurations_are_completed():

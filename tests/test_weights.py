@@ -110,3 +110,16 @@ def test_a_failed_save_leaves_the_old_file(model, saved, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_weights(saved, model)
     assert saved.read_bytes() == before
+
+
+def test_weights_that_come_from_elsewhere_are_left_out_and_given(model, tmp_path):
+    path = tmp_path / "part.safetensors"
+    save_weights(path, model, leave_out=r"^backbone\.")
+    with safe_open(path, framework="numpy") as file:
+        assert not any(name.startswith("backbone.") for name in file.keys())
+    given = {name: value for name, value in named_arrays(model).items() if name.startswith("backbone.")}
+    loaded = named_arrays(load_model(path, given=given))
+    for name, value in named_arrays(model).items():
+        np.testing.assert_array_equal(loaded[name], value)
+    with pytest.raises(ValueError, match="saved without the weights"):
+        load_model(path)

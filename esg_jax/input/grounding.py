@@ -243,7 +243,7 @@ class ExampleMaker:
         label_map, map_size, slots = entity_map(entities, config.map_size, config.max_entities)
         lost = np.flatnonzero((slots < 0) & ~entities.crowd)
         if len(lost):
-            logger.info("image %s: entities %s are too small or too many for the label map",
+            logger.debug("image %s: entities %s are too small or too many for the label map",
                         narrative.record.name, [entities.ids[entity] for entity in lost])  # fmt: skip
         links = np.zeros((config.max_phrases, config.max_entities), bool)
         if self.task == 2:
