@@ -10,10 +10,14 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from esg_jax.input.grounding import GroundingDataConfig
 from esg_jax.models.cropformer import CropFormerConfig
+from esg_jax.models.llama import KVCache, Llama, LlamaConfig
+from esg_jax.models.quantized import quantize
 from esg_jax.train.config import PRECISIONS, RunConfig, model_def
 from esg_jax.train.sharding import make_mesh
 
@@ -69,8 +73,14 @@ def tpu_devices(topology: str) -> list:
         ) from error
 
 
-def plan_training(config: RunConfig, topology: str, height: int, width: int) -> Plan:
-    """Compiles the training step of a run, laid out by `config.mesh`, for one padded view size in pixels."""
+def plan_training(config: RunConfig, topology: str, height: int = 0, width: int = 0) -> Plan:
+    """Compiles the training step of a run, laid out by `config.mesh`.
+
+    Args:
+        config: of the run.
+        topology: of the slice.
+        height, width: padded size of CropFormer's views in pixels; GELLA's sizes are part of its configuration.
+    """
     devices = tpu_devices(topology)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model, devices=devices)
     step = config.train_step(mesh=mesh)
@@ -102,8 +112,57 @@ def plan_inference(
     return _report(jax.jit(run).lower(*arguments).compile(), 1, start)
 
 
+def plan_decoding(llm: LlamaConfig, topology: str, *, batch: int = 1, length: int = 2048, int8: bool = True) -> Plan:
+    """Compiles one step of text generation on one chip.
+
+    Args:
+        llm: sizes of the language model; it computes in bfloat16.
+        topology: whose first chip is planned for.
+        batch, length: rows and slots of the key/value cache.
+        int8: kernels as int8, otherwise bfloat16.
+    """
+    place = NamedSharding(Mesh(np.array(tpu_devices(topology)[:1]), ("data",)), P())
+
+    def build():
+        model = Llama(llm, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+        return quantize(model) if int8 else model
+
+    graph, state = nnx.split(nnx.eval_shape(build))
+
+    def step(cache, state, ids_b):
+        model = nnx.merge(graph, state)
+        hidden, cache = model(model.embed(ids_b[:, None]), cache=cache)
+        return cache, jnp.argmax(model.logits(hidden[:, 0]), axis=-1)
+
+    cache = jax.eval_shape(lambda: KVCache.empty(llm, batch, length, jnp.bfloat16))
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        (cache, state, jax.ShapeDtypeStruct((batch,), jnp.int32)),
+    )
+    start = time.monotonic()
+    return _report(jax.jit(step, donate_argnums=0).lower(*arguments).compile(), 1, start)
+
+
+def grounding_shapes(data: GroundingDataConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of what a grounding step uses of a batch, see `esg_jax.input.grounding`."""
+    shapes = {
+        "image": ((data.image_size, data.image_size, 3), jnp.uint8),
+        "image_size": ((2,), jnp.int32),
+        "label_map": ((data.map_size, data.map_size), jnp.int16),
+        "ids": ((max(data.lengths),), jnp.int32),
+        "answer": ((max(data.lengths),), jnp.bool_),
+        "seg_pos": ((data.max_phrases,), jnp.int32),
+        "seg_valid": ((data.max_phrases,), jnp.bool_),
+        "links": ((data.max_phrases, data.max_entities), jnp.bool_),
+        "linked": ((data.max_phrases,), jnp.bool_),
+    }
+    return {name: jax.ShapeDtypeStruct((data.batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+
 def batch_shapes(config: RunConfig, height: int, width: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a training batch (see INPUT in docs/data.md) for one padded view size."""
+    if isinstance(config.data, GroundingDataConfig):
+        return grounding_shapes(config.data)
     batch, slots = config.data.batch_size, config.data.max_entities
     views = 2 if config.data.mapper == "entity_crop" else 1
     return {
