@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import app, flags
@@ -90,8 +91,9 @@ def run(config: RunConfig, workdir: Path) -> None:
     done = int(state.step)
     if jax.process_index() == 0:
         model = step.model.merge(weights, weights)
-        info = {"steps": done, "config": config.as_dict(), "inference": inference_size(config)}
-        save_weights(workdir / "model.safetensors", model, info, leave_out=unchanged(config, step.model.params))
+        left_out = unchanged(config, step.model.params)
+        info = {"steps": done, "config": config.as_dict(), **inference_info(config, bool(left_out))}
+        save_weights(workdir / "model.safetensors", model, info, leave_out=left_out)
         log.info("step %d of %d; weights in %s", done, total, workdir / "model.safetensors")
     if done < total:
         log.info("stopped early; the same command goes on from here")
@@ -147,11 +149,15 @@ def open_batches(config: RunConfig):
     return grounding.train_iterator(config.data, tokenizer, *hosts)
 
 
-def inference_size(config: RunConfig) -> dict[str, int]:
-    """View size at test time, stored with the weights: the largest of training, as the reference has it."""
-    if isinstance(config.model, GellaConfig) or config.data.mapper == "lsj":
-        return {}  # GELLA's is part of the model; the reference tests lsj models at the defaults of 800 and 1333
-    return {"min_size": max(config.data.short_edges), "max_size": config.data.max_size}
+def inference_info(config: RunConfig, language_model_left_out: bool) -> dict[str, Any]:
+    """What inference must know beside the model, stored with the weights."""
+    if isinstance(config.data, grounding.GroundingDataConfig):
+        info = {"grounding": {"tokenizer": config.tokenizer, "conversation": config.data.conversation}}
+        return info | ({"llm_weights": config.llm_weights} if language_model_left_out else {})
+    if config.data.mapper in ("lsj", "colormap"):
+        return {"inference": {}}  # the reference tests lsj models at the defaults of 800 and 1333
+    # The largest view size of training, as the reference has it.
+    return {"inference": {"min_size": max(config.data.short_edges), "max_size": config.data.max_size}}
 
 
 def is_our_file(path: Path) -> bool:

@@ -12,7 +12,7 @@ def load(path, **options):
             `esg_jax.interop.checkpoints.load_checkpoint`.
 
     Returns:
-        An `esg_jax.models.cropformer.CropFormer`.
+        An `esg_jax.models.cropformer.CropFormer`, or another model of `esg_jax.models`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -21,6 +21,13 @@ def load(path, **options):
     from esg_jax import weights
 
     if weights.is_weights_file(path):
+        language_model = weights.read_info(path)[1].get("llm_weights")
+        if language_model:  # the file leaves it out: it was not trained
+            from esg_jax.interop.gguf import load_llama, packaged_smollm2
+
+            source = packaged_smollm2() if language_model == "smollm2" else language_model
+            arrays = weights.named_arrays(load_llama(source))
+            options["given"] = {f"llm.{name}": value for name, value in arrays.items()}
         return weights.load_model(path, **options)
     from esg_jax.interop.checkpoints import load_checkpoint
 
