@@ -11,6 +11,7 @@ several hosts are those of one. Writes results.json, a table, and grid.png with 
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,14 +22,18 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+import esg_jax
 from esg_jax.config import from_dict, to_dict
-from esg_jax.evaluation import formats, report
+from esg_jax.evaluation import formats, report, rle
 from esg_jax.evaluation import run as evaluation
 from esg_jax.evaluation.config import EvalConfig
 from esg_jax.evaluation.driver import progress
 from esg_jax.evaluation.rle import EvaluationError
 from esg_jax.inference.predictor import Predictor
+from esg_jax.inference.reconstruction import Reconstructor
 from esg_jax.input.image_io import load_image
+from esg_jax.input.readers import SourceConfig, open_source
+from esg_jax.models.gella import Gella
 from esg_jax.viz import GridRow, prediction_grid
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), see configs/recipes.")
@@ -90,6 +95,23 @@ def checkpoint() -> Path:
 
 def predict(config: EvalConfig, weights: Path, out: Path) -> list[Path]:
     """Predictions of this process's share of the images, and the files that all processes write."""
+    images = evaluation.images_of(config)[jax.process_index() :: jax.process_count()]
+    files = [out / f"predictions{f'.{i}' if i else ''}.json" for i in range(jax.process_count())]
+    if config.task == "reconstruction":
+        label, records = "reconstruction", partial(write_reconstructions, config, weights)
+    else:
+        label, records = segmentation(config, weights, images, out)
+    with progress(label, len(images)) as advance:
+        files[jax.process_index()].write_text(json.dumps(records(advance)))
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices("predictions written")
+    return files
+
+
+def segmentation(config: EvalConfig, weights: Path, images, out: Path):
+    """What the progress bar says, and the function that predicts all images."""
     views = int(_VIEWS.value) if _VIEWS.value else config.views
     predictor = Predictor.from_checkpoint(
         weights,
@@ -99,18 +121,27 @@ def predict(config: EvalConfig, weights: Path, out: Path) -> list[Path]:
         max_size=config.max_size or None,
         score_mode=config.score_mode,
     )
-    images = evaluation.images_of(config)[jax.process_index() :: jax.process_count()]
     write = {"entity": write_entities, "instance": write_instances, "panoptic": write_panoptic, "semantic": write_maps}
-    files = [out / f"predictions{f'.{i}' if i else ''}.json" for i in range(jax.process_count())]
     label = f"{config.task}, {predictor.views} view{'s' if predictor.views > 1 else ''}"
-    with progress(label, len(images)) as advance:
-        records = write[config.task](config, predictor, images, out, advance)
-    files[jax.process_index()].write_text(json.dumps(records))
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+    return label, partial(write[config.task], config, predictor, images, out)
 
-        multihost_utils.sync_global_devices("predictions written")
-    return files
+
+def write_reconstructions(config: EvalConfig, weights: Path, advance) -> list[dict]:
+    """COCO results: every query's mask of this process's images."""
+    model = esg_jax.load(weights)
+    if not isinstance(model, Gella):
+        raise EvaluationError(f"{weights} holds a {type(model).__name__}; task 'reconstruction' is GELLA's")
+    reconstruct = Reconstructor(model)
+    source = open_source(SourceConfig(annotations=config.annotations, images=config.images))
+    rows = range(len(source))[: config.max_images or None][jax.process_index() :: jax.process_count()]
+    records = []
+    for row in rows:
+        record = source[row]
+        masks, scores = reconstruct(record.load_image(), record.load_entities())
+        found = np.flatnonzero(masks.any((1, 2)))
+        records += _results(record.image_id, rle.encode(masks[found]), scores[found], [1] * len(found))
+        advance(1)
+    return records
 
 
 def write_entities(config, predictor, images, out, advance) -> list[dict]:

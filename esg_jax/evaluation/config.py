@@ -4,14 +4,15 @@ import dataclasses
 
 from esg_jax.evaluation.rle import EvaluationError
 
-TASKS = ("entity", "instance", "panoptic", "semantic")
+TASKS = ("entity", "instance", "panoptic", "semantic", "reconstruction")
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """One model evaluation.
 
-    task: which head and metric: "entity" (AP^e), "instance" (mask AP), "panoptic" (PQ), "semantic" (mIoU).
+    task: which head and metric: "entity" (AP^e), "instance" (mask AP), "panoptic" (PQ), "semantic" (mIoU),
+        "reconstruction" (class-agnostic AP of the annotated masks after GELLA's vision branch).
     annotations: COCO JSON of the ground truth; for "semantic" a text file with lines ``image label_map``.
     images: folder that image names are relative to.
     masks: folder of ground-truth PNGs (panoptic, semantic); default: named like `annotations`.

@@ -19,6 +19,7 @@ from esg_jax.evaluation.semantic import SemanticIoU
 # Columns of the printed table and of markdown rows.
 COLUMNS = {
     "entity": ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "AR@100@IoU0.5", "mean_best_iou", "recall@IoU0.5"),
+    "reconstruction": ("AP", "AP50", "AP75", "APs", "APm", "APl", "mean_best_iou"),
     "instance": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
     "panoptic": ("PQ", "SQ", "RQ", "PQ_Th", "PQ_St"),
     "semantic": ("mIoU", "mIoU_with_predicted_only", "fwIoU", "mACC", "pACC"),
@@ -71,7 +72,7 @@ def score(config: EvalConfig, files: Sequence[Path], *, workers: int = 1) -> dic
         groups.setdefault(name, []).append(item)
 
     def blank() -> list[Accumulator]:
-        if config.task == "entity":
+        if config.task in ("entity", "reconstruction"):
             return [EntityAP(), BestOverlap()]
         return [AveragePrecision(categories=annotations.category_ids())]
 

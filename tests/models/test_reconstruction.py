@@ -1,0 +1,106 @@
+"""The vision branch learns to give back the masks of a colormap: overfitted on four synthetic images."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from esg_jax.losses.cropformer import LossConfig
+from esg_jax.losses.gella import GellaLossConfig
+from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
+from esg_jax.models.clip import ClipVisionConfig
+from esg_jax.models.colormap import ColormapConfig
+from esg_jax.models.entity_encoder import EntityEncoderConfig
+from esg_jax.models.gella import Gella, GellaConfig
+from esg_jax.models.mask_decoder import MaskDecoderConfig
+from esg_jax.models.pixel_decoder import PixelDecoderConfig
+from esg_jax.models.resoblend import ResoBlendConfig
+from esg_jax.ops.resize import resize_bilinear
+from esg_jax.train.optim import OptimConfig
+from esg_jax.train.sharding import make_mesh
+from esg_jax.train.state import ModelDef
+from esg_jax.train.step import TrainStep
+from esg_jax.train.tasks import GroundingTask
+
+pytestmark = pytest.mark.slow
+SIDE, QUERIES, STEPS = 96, 10, 200
+
+
+def make_batch():
+    """Four images with five overlapping ellipses and boxes each."""
+    rng = np.random.default_rng(0)
+    label_map = np.zeros((4, SIDE, SIDE), np.int16)
+    y, x = np.mgrid[:SIDE, :SIDE]
+    for row in label_map:
+        for entity in range(1, 6):
+            (cy, cx), (ry, rx) = rng.uniform(10, SIDE - 10, 2), rng.uniform(8, 24, 2)
+            round_shape = ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1
+            row[round_shape if rng.random() < 0.5 else (abs(y - cy) < ry) & (abs(x - cx) < rx)] = entity
+    image = rng.integers(0, 256, (4, 32, 32, 3), np.uint8)
+    return {"image": image, "image_size": np.full((4, 2), 32, np.int32), "label_map": label_map}
+
+
+def overfit(mode):
+    """A function from a seed of colours to (logits at full size, E_vc) of the four images."""
+    config = GellaConfig(
+        entities=EntityEncoderConfig(
+            MobileNetV2Config(train_affine=True),
+            ResoBlendConfig(mode=mode, dim=32, num_heads=4, ffn_dim=64),
+            PixelDecoderConfig(conv_dim=32, mask_dim=32, num_layers=1, num_heads=4, ffn_dim=64),
+            MaskDecoderConfig(hidden_dim=32, mask_dim=32, num_heads=4, ffn_dim=64, num_layers=2, num_queries=QUERIES),
+        ),
+        vision=ClipVisionConfig.tiny(),
+        image_size=32,
+        colormap=ColormapConfig(size=SIDE),
+        llm=None,
+    )
+    step = TrainStep(
+        ModelDef(lambda: Gella(config, rngs=nnx.Rngs(0)), frozen=r"image_encoder"),
+        GroundingTask(GellaLossConfig(reconstruction=LossConfig(num_points=512, shared_points=True)), QUERIES),
+        optim=OptimConfig(learning_rate=3e-3, clip_norm=1.0, warmup_steps=10, weight_decay=0.0),
+        total_steps=STEPS,
+        mesh=make_mesh(1, 1, 1, devices=jax.devices()[:1]),
+    )
+    state, batch = step.init(), make_batch()
+    for _ in range(STEPS):
+        state, _ = step(state, batch)
+
+    @jax.jit
+    def predict(key):
+        model = step.model.merge(state.params, state.constants)
+        vision = model.vision_tokens(batch["image"], batch["image_size"])
+        output = model.entities(vision, jnp.asarray(batch["label_map"]), jax.random.split(key, 4))
+        logits = output.masks.image_mask_logits()[:, 0]
+        return resize_bilinear(logits, (SIDE, SIDE), axes=(2, 3)), output.embed
+
+    return lambda seed: jax.device_get(predict(jax.random.key(seed)))
+
+
+def best_overlaps(logits):
+    """IoU of every painted entity with its best query, and the query."""
+    out = []
+    for masks, labels in zip(logits > 0, make_batch()["label_map"], strict=True):
+        for entity in np.unique(labels)[1:]:
+            truth = labels == entity
+            overlap = (masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2))
+            out.append((overlap.max(), overlap.argmax()))
+    return np.array(out)
+
+
+@pytest.fixture(scope="module")
+def with_skip():
+    return overfit("paper_skip")
+
+
+def test_masks_come_back_with_the_skip_and_not_without(with_skip):
+    kept = best_overlaps(with_skip(0)[0])[:, 0].mean()
+    literal = best_overlaps(overfit("paper")(0)[0])[:, 0].mean()
+    print(f"mean IoU: paper_skip {kept:.3f}, paper {literal:.3f}")
+    assert kept > 0.95
+    assert literal < kept - 0.1
+
+
+def test_other_colours_change_the_queries_not_the_entities(with_skip):
+    first, second = (best_overlaps(with_skip(seed)[0]) for seed in (1, 2))
+    assert first[:, 0].mean() > 0.95 and second[:, 0].mean() > 0.95
