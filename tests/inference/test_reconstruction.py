@@ -1,0 +1,44 @@
+"""Reconstruction on the command line: masks find back to the image's own geometry."""
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from esg_jax.inference.reconstruction import Reconstructor
+from esg_jax.input.records import Entities
+from esg_jax.models.gella import Gella
+
+HEIGHT, WIDTH = 90, 130
+
+
+@pytest.fixture(scope="module")
+def reconstruct(tiny_gella_config):
+    return Reconstructor(Gella(tiny_gella_config, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture
+def entities():
+    labels = np.zeros((HEIGHT, WIDTH), np.int32)
+    labels[10:50, 20:70] = 1
+    labels[60:88, 80:128] = 2
+    return Entities([labels], np.zeros(2, np.int32), np.zeros(2, bool), (1, 2))
+
+
+def test_all_queries_at_the_resolution_of_the_image(reconstruct, entities, tiny_gella_config):
+    masks, scores = reconstruct(np.zeros((HEIGHT, WIDTH, 3), np.uint8), entities)
+    assert masks.shape == (tiny_gella_config.num_queries, HEIGHT, WIDTH) and masks.dtype == bool
+    assert ((scores >= 0) & (scores <= 1)).all()
+
+
+def test_geometry(reconstruct, entities, monkeypatch):
+    """A network that gives back what is painted, at stride 4, gives back the masks."""
+
+    def painted(image, size, label_map):
+        cells = label_map.reshape(16, 4, 16, 4)
+        return np.ones(2), np.stack([(cells == k).mean((1, 3)) - 0.5 for k in (1, 2)]).astype(np.float32)
+
+    monkeypatch.setattr(reconstruct, "_run", painted)
+    masks, _ = reconstruct(np.zeros((HEIGHT, WIDTH, 3), np.uint8), entities)
+    for index, mask in enumerate(masks):
+        truth = entities.mask(index)
+        assert (mask & truth).sum() / (mask | truth).sum() > 0.85
