@@ -79,7 +79,7 @@ def test_a_row_does_not_depend_on_its_batch(model, prompts, greedy):
 
 
 @pytest.mark.parametrize("convention", ["at", "predict"])
-@pytest.mark.parametrize("stop", ["length", "max_segs", "length at a <SEG>"])
+@pytest.mark.parametrize("stop", ["length", "max_segs"])
 def test_seg_states_are_those_of_the_forced_text(model, prompts, greedy, seg_id, convention, stop):
     first = np.asarray(greedy.ids == seg_id).argmax(axis=1)
     config = dataclasses.replace(
@@ -87,7 +87,8 @@ def test_seg_states_are_those_of_the_forced_text(model, prompts, greedy, seg_id,
         seg_id=seg_id,
         seg_hidden=convention,
         max_segs=1 if stop == "max_segs" else NEW,
-        max_new_tokens=int(first.max()) + 1 if stop == "length at a <SEG>" else NEW,
+        # The length limit falls on a <SEG> in one row: its state exists only after one more step.
+        max_new_tokens=int(first.max()) + 1 if stop == "length" else NEW,
     )
     out = run(model, model.embed(prompts), LENGTHS, config)
     hidden, _ = forward(model, sequences(prompts, greedy.ids))

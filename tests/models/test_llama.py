@@ -34,8 +34,14 @@ def random_model(config, **kwargs):
     return model
 
 
+@jax.jit
+def forward(model, ids):
+    hidden, _ = model(model.embed(ids))
+    return hidden, model.logits(hidden)
+
+
 def full_logits(model, ids):
-    return model.logits(model(model.embed(ids))[0])
+    return forward(model, ids)[1]
 
 
 @pytest.mark.torch
@@ -60,9 +66,9 @@ def test_matches_transformers(config):
     reference.load_state_dict(torch_state(model), strict=not config.tied)
     with torch.no_grad():
         wanted = reference(torch.from_numpy(IDS), output_hidden_states=True)
-    hidden, _ = jax.jit(lambda model, ids: model(model.embed(ids)))(model, IDS)
+    hidden, logits = forward(model, IDS)
     np.testing.assert_allclose(hidden, wanted.hidden_states[-1].numpy(), atol=1e-4, rtol=1e-4)
-    np.testing.assert_allclose(model.logits(hidden), wanted.logits.numpy(), atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(logits, wanted.logits.numpy(), atol=1e-4, rtol=1e-4)
 
 
 def torch_state(model):
@@ -130,15 +136,19 @@ def test_cached_steps_equal_the_full_pass(model):
     """A right-padded prompt of different lengths, then one token at a time."""
     wanted = full_logits(model, IDS)
     prompt, lengths = 5, np.array([3, 5])
-    step = jax.jit(lambda model, ids, cache: model(model.embed(ids), cache=cache))
-    hidden, cache = step(model, IDS[:, :prompt], KVCache.empty(model.config, 2, 9))
+
+    @jax.jit
+    def step(model, ids, cache):
+        hidden, cache = model(model.embed(ids), cache=cache)
+        return model.logits(hidden), cache
+
+    got, cache = step(model, IDS[:, :prompt], KVCache.empty(model.config, 2, 9))
     for row, length in enumerate(lengths):
-        np.testing.assert_allclose(model.logits(hidden)[row, :length], wanted[row, :length], atol=1e-5)
+        np.testing.assert_allclose(got[row, :length], wanted[row, :length], atol=1e-5)
     cache = dataclasses.replace(cache, lengths=jnp.asarray(lengths))
     for offset in range(4):
-        hidden, cache = step(model, np.take_along_axis(IDS, lengths[:, None] + offset, axis=1), cache)
-        got = model.logits(hidden)[:, 0]
-        np.testing.assert_allclose(got, wanted[np.arange(2), lengths + offset], atol=1e-5)
+        got, cache = step(model, np.take_along_axis(IDS, lengths[:, None] + offset, axis=1), cache)
+        np.testing.assert_allclose(got[:, 0], wanted[np.arange(2), lengths + offset], atol=1e-5)
     np.testing.assert_array_equal(cache.lengths, lengths + 4)
 
 
@@ -149,7 +159,7 @@ def test_padding_on_the_right_changes_nothing(model):
 
 def test_recomputation_changes_no_gradient():
     def gradient(model):
-        return nnx.to_flat_state(nnx.state(jax.grad(lambda model: full_logits(model, IDS).std())(model)))
+        return nnx.to_flat_state(nnx.state(jax.jit(jax.grad(lambda model: full_logits(model, IDS).std()))(model)))
 
     plain, recomputed = (gradient(random_model(TINY, remat=remat)) for remat in (False, True))
     for (path, value), (_, other) in zip(plain, recomputed, strict=True):
