@@ -26,15 +26,18 @@ from esg_jax.interop.convert import (
 )
 from esg_jax.interop.cropformer_tables import reference_table, transformers_table
 from esg_jax.interop.formats import Format, detect, our_shapes
+from esg_jax.interop.gella_checkpoints import OWN_FILE, open_gella, save_gella
 from esg_jax.interop.readers import CheckpointReader, open_checkpoint
 from esg_jax.interop.rules import Table, fill
 from esg_jax.interop.transformers_config import mask2former_config
 from esg_jax.interop.writers import write_pth, write_safetensors, write_sharded
+from esg_jax.models import lora
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
 from esg_jax.models.backbones.resnet import ResNet, ResNetConfig
 from esg_jax.models.backbones.swin import Swin, SwinConfig
 from esg_jax.models.clip import ClipConfig, ClipTextConfig, ClipVisionConfig
 from esg_jax.models.cropformer import CropFormer
+from esg_jax.models.gella import Gella, GellaConfig
 from esg_jax.models.llama import Llama, LlamaConfig
 from esg_jax.models.llava import LlavaConfig
 from esg_jax.weights import config_from_dict, file_metadata
@@ -137,15 +140,23 @@ def convert_to_file(
     reader, found = _whole(source, vision)
     config = config or config_of(reader, found, num_heads)
     targets = targets_of(nnx.eval_shape(lambda: found.model(config, rngs=nnx.Rngs(0))))
+    # Of the stored type from the start, so that no tensor is in memory twice.
+    dtypes = {n: np.dtype(dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype) for n, x in targets.items()}
+    targets = {name: jax.ShapeDtypeStruct(x.shape, dtypes[name]) for name, x in targets.items()}
     report = Report()
     arrays = stream_to_ours(reader, targets, found.table, allow_unused=allow_unused, report=report)
-    layout = {name: (x.shape, np.dtype(dtype)) for name, x in targets.items()}
+    layout = {name: (x.shape, dtypes[name]) for name, x in targets.items()}
     write_safetensors(target, layout, arrays, file_metadata(config, {"source": reader.path.name}))
     return report
 
 
 def _whole(source: str | Path | CheckpointReader, vision: str | Path | None) -> tuple[CheckpointReader, Format]:
-    reader = source if isinstance(source, CheckpointReader) else open_checkpoint(source)
+    if isinstance(source, CheckpointReader):
+        reader = source
+    elif (Path(source) / OWN_FILE).is_file():
+        reader = open_gella(source)
+    else:
+        reader = open_checkpoint(source)
     found = detect(list(reader))
     if not found.whole:
         raise ConversionError(f"{reader.path} holds only a backbone ({found.name})")
@@ -312,7 +323,7 @@ def save_language(
     leave_out: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> list[Path]:
-    """Writes a LLaVA, LLaMA or CLIP for PyTorch, one tensor at a time.
+    """Writes a LLaVA, LLaMA, CLIP or GELLA (see `save_gella`) for PyTorch, one tensor at a time.
 
     Args:
         folder: gets safetensors, in shards with an index when they are large, and config.json.
@@ -329,6 +340,12 @@ def save_language(
     Raises:
         ConversionError: an unknown format, or a model it has no place for.
     """
+    if isinstance(config, GellaConfig):
+        if format != "transformers" or vocab_size is not None or leave_out is not None:
+            raise ConversionError("a GELLA is written whole, in the format transformers")
+        if config.lora is not None:
+            raise ConversionError("the GELLA has low-rank adapters; merge them first (`merged`)")
+        return save_gella(folder, arrays, config, CONFIG_KEY, max_shard_bytes)
     layouts = _LANGUAGE_LAYOUTS.get(format, {})
     if type(config) not in layouts:
         fitting = ", ".join(name for name, known in _LANGUAGE_LAYOUTS.items() if type(config) in known)
@@ -367,6 +384,17 @@ def _written(arrays: Mapping[str, Any], table: Table, vocab_size: int | None, le
         yield name, array[:vocab_size] if name in growing else array
 
 
+def merged(model: nnx.Module) -> nnx.Module:
+    """A GELLA whose low-rank adapters have become part of the language model; any other model as it is."""
+    if not isinstance(model, Gella) or model.config.lora is None:
+        return model
+    model = nnx.clone(model)
+    model.llm, model.lora = lora.merge(model.llm, model.lora), None
+    model.config = dataclasses.replace(model.config, lora=None)
+    model.visual.config = model.config
+    return model
+
+
 def save_checkpoint(path: str | Path, model: nnx.Module, format: str | None = None) -> list[Path]:
     """Writes a model for PyTorch.
 
@@ -383,6 +411,7 @@ def save_checkpoint(path: str | Path, model: nnx.Module, format: str | None = No
         ValueError: an unknown format or ending, or a model the format has no place for.
     """
     path = Path(path)
+    model = merged(model)
     arrays = {name: np.asarray(jax.device_get(value)) for name, value in targets_of(model).items()}
     if not isinstance(model, CropFormer):
         return save_language(path, arrays, model.config, format or "transformers")

@@ -114,14 +114,14 @@ def _convert(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.target}: weights of ours end in .safetensors")
     if ours and target_format == "ours":
         raise ValueError(f"{args.source} holds weights of ours already; choose --format reference or transformers")
-    if language:
+    if language and getattr(stored, "lora", None) is None:
         options = dict(vocab_size=args.vocab_size, leave_out=args.allow_unused)
         for path in checkpoints.save_language(
             args.target, open_checkpoint(args.source), stored, target_format, **options
         ):
             print(f"wrote {path}")
         return _verify(args, weights.load_model(args.source)) if args.verify else 0
-    if args.vocab_size is not None:
+    if args.vocab_size is not None and not language:
         raise ValueError("--vocab-size is for language models in weights of ours")
     options = dict(config=config, num_heads=args.num_heads, allow_unused=args.allow_unused, vision=args.vision)
     if target_format == "ours" and not args.allow_missing:
@@ -143,10 +143,13 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace, model) -> int:
-    from esg_jax.interop.verify import verify_language, verify_reference, verify_transformers
+    from esg_jax.interop.verify import verify_gella, verify_language, verify_reference, verify_transformers
     from esg_jax.models.cropformer import CropFormer
+    from esg_jax.models.gella import Gella
 
-    if not isinstance(model, CropFormer):
+    if isinstance(model, Gella):
+        run = verify_gella
+    elif not isinstance(model, CropFormer):
         run = verify_language
     else:
         run = verify_transformers if args.target.is_dir() else verify_reference

@@ -236,7 +236,9 @@ def _fitted(array: np.ndarray, theirs: tuple[str, ...], name: str, shape: tuple[
         raise ConversionError(f"{', '.join(theirs)} gives {name} the shape {array.shape}, the model needs {shape}")
     if jnp.issubdtype(array.dtype, jnp.floating) != jnp.issubdtype(dtype, jnp.floating):
         raise ConversionError(f"{', '.join(theirs)} holds {array.dtype} numbers, {name} needs {dtype}")
-    return np.ascontiguousarray(array.astype(dtype, copy=False)).reshape(shape)
+    if array.dtype == dtype and not array.flags.c_contiguous:  # numpy moves plain integers faster than bfloat16
+        return np.ascontiguousarray(array.view(f"u{array.dtype.itemsize}")).view(dtype)
+    return array.astype(dtype, order="C", copy=False)  # type and order in one copy
 
 
 def _fields(rule: Rule, name: str):

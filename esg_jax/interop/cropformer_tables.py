@@ -55,7 +55,7 @@ def _deformable(theirs: str, ours: str) -> tuple:
     )
 
 
-_HEADS = Table(
+HEADS = Table(
     rules=(
         *pointwise(f"{_PIXEL}.input_proj.{{i}}.0", "pixel_decoder.input_proj.{i}.conv", bias=True),
         *norm(f"{_PIXEL}.input_proj.{{i}}.1", "pixel_decoder.input_proj.{i}.norm"),
@@ -117,7 +117,7 @@ def reference_table(backbone: type, *, association: bool, reading: bool) -> Tabl
     single = (_criterion("criterion"),)
     buffers = joint + single if reading else joint if association else single
     table = _REFERENCE_BACKBONES[backbone].prefixed("backbone.", "backbone.")
-    return table + _HEADS + _ASSOCIATION + Table(rules=(), buffers=buffers)
+    return table + HEADS + _ASSOCIATION + Table(rules=(), buffers=buffers)
 
 
 _HF = "model.pixel_level_module"

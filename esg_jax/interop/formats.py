@@ -13,6 +13,7 @@ from flax import nnx
 from esg_jax.interop import backbone_tables, language_config, language_tables
 from esg_jax.interop.convert import ConversionError, plan
 from esg_jax.interop.cropformer_tables import reference_table, transformers_table
+from esg_jax.interop.gella_tables import GELLA
 from esg_jax.interop.readers import CheckpointReader
 from esg_jax.interop.rules import Table, fill
 from esg_jax.interop.transformers_config import read_mask2former_config
@@ -21,6 +22,7 @@ from esg_jax.models.backbones.resnet import ResNetConfig
 from esg_jax.models.backbones.swin import SwinConfig
 from esg_jax.models.clip import Clip, ClipText, ClipVision
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
+from esg_jax.models.gella import Gella
 from esg_jax.models.llama import Llama
 from esg_jax.models.llava import Llava
 from esg_jax.models.mask_decoder import MaskDecoderConfig
@@ -89,8 +91,13 @@ def _json_reader(read: Callable[[Mapping[str, Any], str], Any]) -> Callable[[Pat
     return read_file
 
 
+def _not_in_shapes(*_: Any) -> Any:
+    raise ConversionError("the sizes of a GELLA do not show in its shapes: give a configuration (--config)")
+
+
 def _language_formats() -> Iterator[Format]:
     tables, configs = language_tables, language_config
+    yield Format("GELLA", (r"^resoblend\.", r"^colormap_encoder\."), GELLA, model=Gella, infer=_not_in_shapes)
     llava = dict(model=Llava, infer=configs.infer_llava)
     read = _json_reader(configs.read_llava)
     yield Format(

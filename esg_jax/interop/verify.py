@@ -11,6 +11,7 @@ from flax import nnx
 from esg_jax.config import to_dict
 from esg_jax.models.clip import Clip, ClipText, ClipVision
 from esg_jax.models.cropformer import CropFormer
+from esg_jax.models.gella import Gella
 from esg_jax.models.llama import Llama
 from esg_jax.models.llava import Llava
 
@@ -149,6 +150,60 @@ def verify_language(folder: str | Path, model: nnx.Module) -> list[Difference]:
     if isinstance(model, ClipText) and config.projection_dim is not None:
         differences.append(_difference("text_embeds", model(*arguments)[1], expected.text_embeds))
     return differences
+
+
+def verify_gella(folder: str | Path, model: Gella) -> list[Difference]:
+    """Compares a GELLA with the PyTorch network of `torch_gella` that loads `folder`, in float32 on random input.
+
+    Args:
+        folder: what `save_gella` wrote.
+        model: ours.
+
+    Raises:
+        ModuleNotFoundError: torch or transformers is not installed.
+        ValueError, RuntimeError: the folder does not fit the network.
+    """
+    import torch
+
+    from esg_jax.interop.torch_gella import load
+
+    theirs = load(folder)
+    config, rng = model.config, np.random.default_rng(0)
+    side = config.image_size
+    image = rng.integers(0, 256, (2, side, side, 3), np.uint8)
+    size = np.array([[side, side], [side, side // 2]], np.int32)
+    colors = rng.integers(0, 256, (2, 4, 4, 3)).astype(np.float32)
+    colormap = colors.repeat(config.colormap.size // 4, 1).repeat(config.colormap.size // 4, 2)
+    tensors = [torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) for x in (image, colormap)]
+
+    def ours(model, image, size, colormap, ids, seg_pos):
+        vision = model.vision_tokens(image, size)
+        output = model.visual.entity_encoder(vision, colormap, all_predictions=False)
+        found = (output.masks.image.logits[-1], output.masks.image_mask_logits()[:, 0], output.embed)
+        if ids is None:
+            return found
+        hidden = model.text(vision, ids)
+        return *found, hidden, model.associate(model.noun_states(hidden, seg_pos), output.embed)
+
+    names = ["entityness logits", "mask logits", "entity embeddings"]
+    ids = seg_pos = None
+    if config.llm is not None:
+        names += ["text states", "association logits"]
+        places = np.full((2, config.grid**2), config.image_id, np.int32)
+        words = rng.integers(3, min(config.image_id, config.llm.vocab_size), (2, 12)).astype(np.int32)
+        words[:, [5, 9]] = config.seg_id
+        ids = np.concatenate([words[:, :3], places, words[:, 3:]], axis=1)
+        seg_pos = np.tile(np.array([5, 9], np.int32) + places.shape[1], (2, 1))
+    with torch.inference_mode():
+        vision = theirs.vision_tokens(tensors[0], torch.from_numpy(size))
+        if ids is None:
+            expected = theirs.entities(vision, tensors[1])
+        else:
+            inputs = (tensors[0], torch.from_numpy(size), tensors[1], torch.from_numpy(ids).long())
+            association, found = theirs(*inputs, torch.from_numpy(seg_pos).long())
+            expected = (*found, theirs.text(vision, inputs[3]), association)
+    results = nnx.jit(ours)(model, image, size, colormap, ids, seg_pos)
+    return [_difference(*items) for items in zip(names, results, expected, strict=True)]
 
 
 def _nothing_lost(folder: str | Path, info: dict) -> None:

@@ -1,0 +1,140 @@
+"""GELLA for PyTorch: every parameter has a name there, comes back bit for bit, and gives the same outputs."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import esg_jax
+from esg_jax.interop.checkpoints import load_checkpoint, save_checkpoint, save_language
+from esg_jax.interop.convert import ConversionError, from_ours, load_into, targets_of
+from esg_jax.interop.gella_tables import GELLA
+from esg_jax.interop.readers import open_checkpoint
+from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
+from esg_jax.models.gella import Gella
+from esg_jax.models.grounding_association import GroundingAssociationConfig
+from esg_jax.models.resoblend import ResoBlend, ResoBlendConfig
+from esg_jax.weights import save_weights
+
+
+def random_model(config):
+    """Weights of order one, so that no term of the network is negligible; nothing is compiled for them."""
+    return filled(nnx.eval_shape(lambda: Gella(config, rngs=nnx.Rngs(0))))
+
+
+def filled(model):
+    """Random weights in an abstract model."""
+    rng = np.random.default_rng(1)
+    arrays = {}
+    for name, x in targets_of(model).items():
+        value = rng.normal(size=x.shape) / np.sqrt(max(1, np.prod(x.shape[-2:-1])))
+        arrays[name] = (1 + 0.2 * np.tanh(value) if name.endswith(("scale", "var")) else value).astype(np.float32)
+    return load_into(model, arrays)
+
+
+TINY_BLEND = ResoBlendConfig(dim=32, num_heads=4, ffn_dim=48)
+
+
+@pytest.fixture(scope="module")
+def variants(tiny_gella_config):
+    """Together they use every parameter and every branch of the PyTorch modules but ResoBlend's, see below."""
+    plain = dataclasses.replace(tiny_gella_config, lora=None)
+    literal = dataclasses.replace(TINY_BLEND, mode="paper", ca_residual=True, conv_norm=True, ca_kv_pool=2)
+    return {
+        "adapters": dataclasses.replace(
+            tiny_gella_config, association=GroundingAssociationConfig(dim=16, scale="sqrt_dim"), select_layer=-1
+        ),
+        "literal": dataclasses.replace(
+            plain,
+            entities=dataclasses.replace(plain.entities, resoblend=literal),
+            association=GroundingAssociationConfig(dim=16, depth=2, scale="learned"),
+            projector="linear",
+            seg_hidden="predict",
+        ),
+        "mobilenet, no text": dataclasses.replace(
+            plain,
+            vision=MobileNetV2Config(),
+            entities=dataclasses.replace(plain.entities, colormap_encoder=MobileNetV2Config(train_affine=True)),
+            llm=None,
+        ),
+    }
+
+
+VARIANTS = ("adapters", "literal", "mobilenet, no text")
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_pytorch_gives_the_same_outputs(name, variants, tmp_path):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from esg_jax.interop.verify import verify_gella
+
+    model = random_model(variants[name])
+    save_checkpoint(tmp_path / "out", model)
+    for item in verify_gella(tmp_path / "out", model):
+        assert item.absolute < 1e-4, item
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(mode="paper", ca_residual=True, conv_norm=True, ca_kv_pool=2),
+        dict(mode="pixel_query"),
+        dict(mode="pixel_query", use_res=False, use_conv=False),
+        dict(use_sa=False, use_ff=False, use_res=False, use_conv=False),
+        dict(use_ca=False),
+    ],
+    ids=str,
+)
+def test_resoblend_in_pytorch(changes):
+    torch = pytest.importorskip("torch")
+    from esg_jax.interop.torch_gella import ResoBlend as Reference
+
+    config = dataclasses.replace(TINY_BLEND, **changes)
+    channels = (8, 12, 16, 20)
+    model = filled(nnx.eval_shape(lambda: ResoBlend(config, 24, channels, rngs=nnx.Rngs(0))))
+    prefix = "visual.entity_encoder.resoblend."
+    state = from_ours({prefix + name: x for name, x in targets_of(model).items()}, GELLA)
+    theirs = Reference(dataclasses.asdict(config), 24, channels)
+    theirs.load_state_dict({n.removeprefix("resoblend."): torch.from_numpy(np.array(x)) for n, x in state.items()})
+    rng = np.random.default_rng(0)
+    image = rng.normal(size=(2, 3, 3, 24)).astype(np.float32)
+    features = [rng.normal(size=(2, 16 >> i, 24 >> i, c)).astype(np.float32) for i, c in enumerate(channels)]
+    tensors = [torch.from_numpy(x.transpose(0, 3, 1, 2).copy()) for x in (image, *features)]
+    with torch.inference_mode():
+        wanted = theirs(tensors[0], tensors[1:])
+    for ours, map_ in zip(jax.jit(ResoBlend.__call__)(model, image, tuple(features)), wanted, strict=True):
+        np.testing.assert_allclose(ours, map_.numpy().transpose(0, 2, 3, 1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["literal", "mobilenet, no text"])
+def test_round_trip_is_bit_equal(name, variants, tmp_path):
+    model = random_model(variants[name])
+    arrays = {key: np.asarray(x) for key, x in targets_of(model).items()}
+    save_weights(tmp_path / "ours.safetensors", model)
+    save_language(tmp_path / "one", arrays, model.config)
+    save_language(tmp_path / "two", open_checkpoint(tmp_path / "ours.safetensors"), model.config)
+    for again in (esg_jax.load(tmp_path / "one"), load_checkpoint(tmp_path / "two")[0]):
+        assert again.config == model.config
+        for key, value in targets_of(again).items():
+            np.testing.assert_array_equal(value, arrays[key], err_msg=key)
+
+
+def test_what_is_refused(variants, tmp_path):
+    model = random_model(variants["adapters"])
+    arrays = targets_of(model)
+    with pytest.raises(ConversionError, match="merge them first"):
+        save_language(tmp_path / "out", arrays, model.config)
+    with pytest.raises(ConversionError, match="written whole"):
+        save_checkpoint(tmp_path / "out", model, "original")
+    assert not list(tmp_path.iterdir())
+    save_checkpoint(tmp_path / "out", model)
+    (tmp_path / "out" / "llm" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="llm holds none of"):
+        esg_jax.load(tmp_path / "out")
