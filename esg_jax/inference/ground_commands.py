@@ -140,7 +140,8 @@ def open_grounder(args: argparse.Namespace):
     model = esg_jax.load(path, dtype=getattr(jnp, args.precision))
     if not isinstance(model, Gella):
         raise ValueError(f"{path} holds a {type(model).__name__}, expected GELLA weights")
-    options = {"batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+    options = {name: getattr(args, name) for name in ("batch_size", "max_new_tokens")}
+    options["with_count"] = known.get("with_count", True)
     return Grounder(model, tokenizer, prompts, rules, **options)
 
 

@@ -48,6 +48,7 @@ class Grounder:
         config: thresholds and modes.
         batch_size: images per call of the network.
         max_new_tokens: longest generated answer.
+        with_count: answers begin with the number of phrases, as in training (`data.with_count`).
         seed: of the colours.
 
     Raises:
@@ -63,6 +64,7 @@ class Grounder:
         *,
         batch_size: int = 1,
         max_new_tokens: int = 256,
+        with_count: bool = True,
         seed: int = 0,
     ):
         if model.config.llm is None:
@@ -78,6 +80,7 @@ class Grounder:
         self.prompts = prompts or Prompts.load()
         self.config = config or GroundingConfig()
         self.batch_size = batch_size
+        self._with_count = with_count
         self._builder = SequenceBuilder(tokenizer, self.prompts, model.config.grid**2)
         limit = model.config.llm.max_length
         self._lengths = sorted({length for length in _LENGTHS if length < limit} | {limit})
@@ -327,8 +330,11 @@ class Grounder:
     # Text.
 
     def _extraction(self, text: str, phrases: Sequence[str] | None = None) -> Turn:
-        answer = None if phrases is None else self.prompts.list_answer(phrases)
+        answer = None if phrases is None else self._listed(phrases)
         return Turn(self.prompts.extraction_question(text), answer)
+
+    def _listed(self, phrases: Sequence[str]):
+        return self.prompts.list_answer(phrases, with_count=self._with_count)
 
     def _nouns(self, scenes, turns: list[list[Turn]], phrases) -> tuple[list[list[str]], list[np.ndarray], list[bool]]:
         """Noun phrases of conversations that end with the request for them, their scores, and which are complete.
@@ -355,7 +361,7 @@ class Grounder:
                 raise ValueError(f"text {row + 1} has an empty phrase")
             *before, last = turns[row]
             listed[row] = list(phrases[row])
-            answered = dataclasses.replace(last, answer=self.prompts.list_answer(listed[row]))
+            answered = dataclasses.replace(last, answer=self._listed(listed[row]))
             sequences.append(self._builder.build([*before, answered]))
         for row, values in zip(asked, self._scores([scenes[row] for row in asked], sequences), strict=True):
             scores[row] = values

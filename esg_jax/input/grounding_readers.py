@@ -96,13 +96,11 @@ class Narratives:
     Attributes:
         num_phrases: int32 (n,) phrases of every narrative.
         num_linked: int32 (n,) those that are linked to an entity.
-        categories: names of the entities' labels; empty where the masks have no categories.
     """
 
     def __init__(self, name: str, records: Sequence[Record], rows: Sequence[tuple[int, Any, str, list[tuple]]]):
         """`rows`: record index, caption id, caption, and (start, end, entities, plural) of every phrase."""
         self._name, self._records = name, records
-        self.categories: tuple[str, ...] = getattr(records, "categories", ())
         self.num_phrases = np.array([len(row[3]) for row in rows], np.int32)
         self.num_linked = np.array([sum(bool(phrase[2]) for phrase in row[3]) for row in rows], np.int32)
         self._rows = [json.dumps(row).encode() for row in rows]

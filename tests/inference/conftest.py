@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import jax.numpy as jnp
@@ -26,10 +27,10 @@ TINY = CropFormerConfig(
 )
 
 
-def build(config):
+def build(config, model=CropFormer):
     """A model with random weights, large enough for masks that vary over the image; nothing is compiled for it."""
     rng = np.random.default_rng(0)
-    graph, state = nnx.split(nnx.eval_shape(lambda: CropFormer(config, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))))
     flat = dict(nnx.to_flat_state(state))
     for path, variable in flat.items():
         shape = variable.get_value().shape
@@ -96,8 +97,9 @@ def short_prompts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_gella(tiny_gella_config):
-    """A GELLA with random weights."""
-    return Gella(tiny_gella_config, rngs=nnx.Rngs(0))
+    """A GELLA with random weights; Swin is its colormap encoder, which compiles fastest."""
+    entities = dataclasses.replace(tiny_gella_config.entities, colormap_encoder=TINY.backbone)
+    return build(dataclasses.replace(tiny_gella_config, entities=entities), Gella)
 
 
 @pytest.fixture(scope="session")

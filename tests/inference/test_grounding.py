@@ -13,7 +13,6 @@ from esg_jax.inference.grounding import Grounder
 from esg_jax.inference.grounding_rules import GroundingConfig, entity_scores
 from esg_jax.inference.masks_in import disjoint_masks
 from esg_jax.input.mask_files import read_masks
-from esg_jax.input.square import square_image, square_labels
 from esg_jax.text.sequences import SequenceBuilder, Turn
 
 pytestmark = pytest.mark.slow
@@ -39,17 +38,17 @@ def test_scenes(scenes, grounder):
         assert scene.embed.shape == (1, grounder.max_entities, 32) and scene.entityness.shape == (3,)
 
 
-def test_scores_are_the_models(tiny_gella, short_prompts, word_tokenizer, grounder, pictures, scenes):
-    """The forced pass against the model called by hand on one image."""
-    image, size = square_image(pictures[0][0], 32)
-    labels, _ = square_labels(pictures[1][0].label_map, 64)
+def test_scores_are_the_models(tiny_gella, short_prompts, word_tokenizer, grounder, scenes):
+    """The forced pass against the model called by hand, without padding."""
     builder = SequenceBuilder(word_tokenizer, short_prompts, tiny_gella.config.grid**2)
     sequence = builder.build([Turn(f"Nouns: {TEXT}", short_prompts.list_answer(["red dog", "two cats"]))])
-    vision = tiny_gella.vision_tokens(jnp.asarray(image)[None], jnp.asarray(size)[None])
-    keys = jax.random.split(jax.random.key(0), 1)
-    embed = tiny_gella.entities(vision, jnp.asarray(labels)[None], keys).embed
-    hidden = tiny_gella.text(vision, jnp.asarray(sequence.ids)[None])
-    logits = tiny_gella.associate(model.noun_states(hidden, jnp.asarray(sequence.seg_pos)[None]), embed)
+
+    @jax.jit
+    def by_hand(model, vision, embed, ids, positions):
+        return model.associate(model.noun_states(model.text(vision, ids), positions), embed)
+
+    arrays = (scenes[0].vision, scenes[0].embed[0], sequence.ids, sequence.seg_pos)
+    logits = by_hand(tiny_gella, *(jnp.asarray(array)[None] for array in arrays))
     expected = entity_scores(np.asarray(logits)[0], scenes[0].query[0])
     result = grounder.ground(scenes[:1], [TEXT], [["red dog", "two cats"]])[0]
     assert [phrase.text for phrase in result.phrases] == ["red dog", "two cats"]
