@@ -30,11 +30,14 @@ $(VENV)/test.stamp: $(BIN)/activate pyproject.toml
 quickstart: $(VENV)/demo.stamp
 	$(BIN)/python -m data.quickstart --workdir $(RUN)
 
+# Files go to workers whole, because they share compiled programs; more workers want about 4 GB each.
+WORKERS := 2
+
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-quick: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

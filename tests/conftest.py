@@ -8,9 +8,13 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+REPO = Path(__file__).resolve().parent.parent
+# Programs are compiled once, also for several workers and for the next run.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".pytest_cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+
 import pytest  # noqa: E402
 
-REPO = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("ESG_SHARED", REPO.parent / "shared"))
 
 
