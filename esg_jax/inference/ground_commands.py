@@ -13,7 +13,7 @@ _DESCRIPTION = """\
 Finds the entities that a text speaks of, in one image or in every image of a folder. Say what to ground with one of
 
   --caption            the model describes the image and grounds its own nouns
-  --text TEXT          the nouns of TEXT (listed by the model, or exactly those of --phrases)
+  --text TEXT          the nouns of TEXT (found by the model or a rule, or exactly those of --phrases)
   --refer TEXT         the one thing that TEXT refers to, "not found" when nothing fits
   --question TEXT      what answers the question
   --categories NAMES   every entity gets one of these names (a,b,c or a file with a name per line)
@@ -57,6 +57,8 @@ def add_parsers(subparsers: Any) -> None:
     task.add_argument("--question", metavar="TEXT", help="find what answers the question")
     task.add_argument("--categories", metavar="NAMES", help="a,b,c or a file with a name per line")
     add("--phrases", nargs="+", metavar="PHRASE", help="with --text: its noun phrases, instead of the model's list")
+    add("--nouns", choices=("model", "rule"), help="who finds noun phrases that are not given: the model, or a rule of "
+        "function words and endings (default: what the weights say; rule for an untrained language model)")  # fmt: skip
     add("--answer", action="store_true", help="with --question: let the model answer in its own words")
     add("--stuff", metavar="NAMES", default="", help="with --categories: those that are not countable (a,b or a file); "
         "their entities are merged")  # fmt: skip
@@ -142,6 +144,9 @@ def open_grounder(args: argparse.Namespace):
         raise ValueError(f"{path} holds a {type(model).__name__}, expected GELLA weights")
     options = {name: getattr(args, name) for name in ("batch_size", "max_new_tokens")}
     options["with_count"] = known.get("with_count", True)
+    # Weights that leave the language model out have it untrained: it never writes <SEG>.
+    by_default = "rule" if "llm_weights" in info else "model"
+    options["nouns"] = args.nouns or known.get("nouns", by_default)
     return Grounder(model, tokenizer, prompts, rules, **options)
 
 

@@ -20,6 +20,7 @@ from esg_jax.inference.grounding_types import CategoryResult, GroundedPhrase, Gr
 from esg_jax.inference.masks_in import EntityMasks
 from esg_jax.input.square import square_image, square_labels
 from esg_jax.models.gella import Gella
+from esg_jax.text.nouns import noun_phrases
 from esg_jax.text.prompts import Prompts
 from esg_jax.text.sequences import (
     SequenceBuilder,
@@ -48,6 +49,8 @@ class Grounder:
         config: thresholds and modes.
         batch_size: images per call of the network.
         max_new_tokens: longest generated answer.
+        nouns: who finds the noun phrases of a text when they are not given: "model", or "rule" for language models
+            that have not learned to (`esg_jax.text.nouns`).
         with_count: answers begin with the number of phrases, as in training (`data.with_count`).
         seed: of the colours.
 
@@ -64,11 +67,14 @@ class Grounder:
         *,
         batch_size: int = 1,
         max_new_tokens: int = 256,
+        nouns: str = "model",
         with_count: bool = True,
         seed: int = 0,
     ):
         if model.config.llm is None:
             raise ValueError("this model has no language branch (llm is None); it can only reconstruct masks")
+        if nouns not in ("model", "rule"):
+            raise ValueError(f"nouns is {nouns!r}; choose model or rule")
         for name in ("image_id", "seg_id"):
             if getattr(model.config, name) != getattr(tokenizer, name):
                 raise ValueError(
@@ -80,7 +86,7 @@ class Grounder:
         self.prompts = prompts or Prompts.load()
         self.config = config or GroundingConfig()
         self.batch_size = batch_size
-        self._with_count = with_count
+        self._with_count, self._by_rule = with_count, nouns == "rule"
         self._builder = SequenceBuilder(tokenizer, self.prompts, model.config.grid**2)
         limit = model.config.llm.max_length
         self._lengths = sorted({length for length in _LENGTHS if length < limit} | {limit})
@@ -182,7 +188,9 @@ class Grounder:
         return [self._builder.text(ids) for ids, _, _ in written]
 
     def extract(self, scenes: Sequence[Scene], texts: Sequence[str]) -> list[list[str]]:
-        """The noun phrases of texts, listed by the model."""
+        """The noun phrases of texts, listed by the model (or found by rule)."""
+        if self._by_rule:
+            return [noun_phrases(text) for text in texts]
         prompts = [self._builder.build([self._extraction(text)]) for text in texts]
         return [self._builder.phrases(ids) for ids, _, _ in self._generate(scenes, prompts)]
 
@@ -198,7 +206,8 @@ class Grounder:
         Args:
             scenes: from `look`.
             texts: one per scene; None lets the model write a caption first and grounds that.
-            phrases: the noun phrases of each text, in order (forced); None lets the model list them (generated).
+            phrases: the noun phrases of each text, in order (forced); None lets the model list them (generated), or
+                the rule.
             plural: which phrases are plural, where this is known: then every phrase gets entities, as the evaluation
                 of panoptic narrative grounding asks; otherwise uncertain phrases are "not found".
 
@@ -213,6 +222,8 @@ class Grounder:
             # The model grounds its own caption in a second turn of the conversation in which it wrote it.
             first = [Turn(self.prompts.description[0], shown[-1])] if text is None else []
             turns.append([*first, self._extraction(shown[-1])] if shown[-1] else [])
+        if phrases is None and self._by_rule:
+            phrases = [noun_phrases(text) for text in shown]
         listed, scores, complete = self._nouns(scenes, turns, phrases)
         out = []
         for row, scene in enumerate(scenes):
@@ -237,6 +248,8 @@ class Grounder:
         whole = self.config.refer_mode == "whole"
         turns = [[self._extraction(expression)] for expression in expressions]
         phrases = [[expression] for expression in expressions] if whole else None
+        if not whole and self._by_rule:
+            phrases = [noun_phrases(expression) for expression in expressions]
         _, scores, complete = self._nouns(scenes, turns, phrases)
         out = []
         for row, (scene, expression) in enumerate(zip(scenes, expressions, strict=True)):
