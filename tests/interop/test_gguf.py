@@ -179,20 +179,20 @@ def test_smollm2_writes_what_transformers_writes():
     answers = [np.asarray(out.ids[row, : out.lengths[row]]).tolist() for row in range(len(prompts))]
 
     reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_json(model.config))).eval()
-    weights = {name: torch.from_numpy(value) for name, value in from_ours(named_arrays(model), LLAMA).items()}
+    weights = {name: torch.from_numpy(value.copy()) for name, value in from_ours(named_arrays(model), LLAMA).items()}
     reference.load_state_dict(weights, strict=False)
     reference.tie_weights()
-    # Its own loop for one prompt. For all of them: a greedy text is the one whose every token is the best after those
-    # before it, which one pass shows in a fraction of the time.
+    # Its own loop for the beginning of one text. For all of them: every token of a greedy text is the best one after
+    # those before it, which one pass shows in a fraction of the time.
     with torch.no_grad():
         wanted = reference.generate(
             torch.tensor([prompts[0]]),
-            max_new_tokens=64,
+            max_new_tokens=16,
             do_sample=False,
             eos_token_id=tokenizer.eos_id,
             pad_token_id=tokenizer.pad_id,
         )
-        assert answers[0] == wanted[0, lengths[0] :].tolist(), tokenizer.decode(answers[0])
+        assert answers[0][:16] == wanted[0, lengths[0] :].tolist(), tokenizer.decode(answers[0])
         for prompt, answer in zip(prompts, answers, strict=True):
             assert len(answer) == 64 or answer[-1] == tokenizer.eos_id
             best = reference(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].argmax(-1)
