@@ -121,3 +121,19 @@ def test_memory_of_the_7b_model():
     assert full == {"weights": 2 * (kernels + embedding + norms), "cache": 2 * 2 * 32 * 2048 * 4096}
     assert small == {"weights": kernels + 4 * scales + 2 * (embedding + norms), "cache": full["cache"]}
     assert small["weights"] < 6.9e9 and full["weights"] > 13.4e9
+
+
+def test_generation_with_7b_int8_lowers_for_tpu():
+    """A chip of 16 GB: the program must not hold the kernels in another type."""
+    config = LlamaConfig.llama_7b()
+
+    def build():
+        return quantize(Llama(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
+
+    x = jax.ShapeDtypeStruct((1, 1024, config.width), jnp.bfloat16)
+    settings = DecodingConfig(eos_id=2, pad_id=32001, seg_id=32002, vocab_size=32003)
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+    traced = jax.jit(generate, static_argnames="config").trace(nnx.eval_shape(build), x, lengths, settings)
+    program = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tensor<32x4096x11008xi8>" in program
+    assert "tensor<32x4096x11008xbf16>" not in program and "tensor<32x4096x11008xf32>" not in program
