@@ -152,7 +152,7 @@ class Grounder:
             )
             entityness = np.where(query >= 0, np.take_along_axis(seen["entityness"][:, row], query.clip(0), 1), 0)
             probabilities = None
-            if "probabilities" in seen:
+            if self.config.output_masks == "reconstructed":
                 found = (query[0] >= 0)[:, None, None]
                 probabilities = np.where(found, seen["probabilities"][row][query[0].clip(0)], 0)
             content = tuple(float(length) / side for length in map_sizes[row])

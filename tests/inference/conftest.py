@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import re
 
@@ -103,21 +104,19 @@ def tiny_gella(tiny_gella_config):
 
 
 @pytest.fixture(scope="session")
-def make_grounder(tiny_gella, short_prompts, word_tokenizer):
-    """`make_grounder(batch_size, **fields of GroundingConfig)`."""
-
-    def build(batch_size=2, **rules):
-        # Random weights reconstruct nothing, so every match counts.
-        config = GroundingConfig(**{"match_iou": 0.0, **rules})
-        return Grounder(tiny_gella, word_tokenizer, short_prompts, config, batch_size=batch_size, max_new_tokens=6)
-
-    return build
+def reconstructing_grounder(tiny_gella, short_prompts, word_tokenizer):
+    """Two images at a time, two colourings, the model's own masks."""
+    # Random weights reconstruct nothing, so every match counts.
+    config = GroundingConfig(match_iou=0.0, output_masks="reconstructed", colorings=2)
+    return Grounder(tiny_gella, word_tokenizer, short_prompts, config, batch_size=2, max_new_tokens=6)
 
 
 @pytest.fixture(scope="session")
-def grounder(make_grounder):
-    """Two images at a time, default rules."""
-    return make_grounder()
+def grounder(reconstructing_grounder):
+    """The same compiled programs with the given masks as output."""
+    other = copy.copy(reconstructing_grounder)
+    other.config = dataclasses.replace(other.config, output_masks="input")
+    return other
 
 
 @pytest.fixture(scope="session")
