@@ -329,6 +329,12 @@ class _Job:
         if self.results:
             count = len(self.results)
             print(f"{count} image{'s' * (count != 1)} in {seconds:.0f} s; results in {self.args.out}")
+        lost = sum(not result.scene.groundable.any() for _, result in self.results)
+        if lost:
+            print(
+                f"in {lost} of {len(self.results)} images the model found none of the masks again, so nothing could be "
+                "grounded: it is not trained enough, or the masks are smaller than its colormap shows"
+            )
         for path, error in self.failures:
             message = str(error)
             print(f"failed: {message if path.name in message else f'{path}: {message}'}", file=sys.stderr)

@@ -161,11 +161,12 @@ class CategoryResult:
 
 
 def entity_list(scene: Scene) -> list[dict[str, Any]]:
-    """Id, area and what became of every mask that was given."""
+    """Id, area, RLE and what became of every mask that was given."""
     masks, groundable = scene.masks, scene.groundable
     out: list[dict[str, Any]] = []
-    for row, (mask_id, area) in enumerate(zip(masks.ids, masks.areas.tolist(), strict=True)):
-        entry = {"id": mask_id, "area": area, "groundable": bool(groundable[row])}
+    for row, (mask_id, area, rle) in enumerate(zip(masks.ids, masks.areas.tolist(), masks.rles(), strict=True)):
+        encoded = {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+        entry = {"id": mask_id, "area": area, "groundable": bool(groundable[row]), "segmentation": encoded}
         if masks.scores is not None:
             entry["score"] = round(float(masks.scores[row]), 6)
         out.append(entry)

@@ -54,6 +54,8 @@ def test_a_folder(esg, folder, tmp_path, pictures):
     for record, masks in zip(records, pictures[1], strict=True):
         assert [phrase["text"] for phrase in record["phrases"]] == ["dog", "two cats"]
         assert [entity["id"] for entity in record["entities"]] == [2, 5, 9]
+        for row, entity in enumerate(record["entities"]):
+            np.testing.assert_array_equal(coco_mask.decode(entity["segmentation"]), masks.union([row]))
         for phrase in record["phrases"]:
             rows = [masks.ids.index(mask_id) for mask_id in phrase["mask_ids"]]
             np.testing.assert_array_equal(coco_mask.decode(phrase["segmentation"]).astype(bool), masks.union(rows))
