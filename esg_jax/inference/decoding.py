@@ -129,7 +129,7 @@ def generate(
     def collect(out: Generation, hidden_bd, where_b) -> Generation:
         """Appends a hidden state to the <SEG> states of some rows."""
         slots_b = jnp.where(where_b, out.seg_counts, config.max_segs)  # out of range: not written
-        states = out.seg_hidden.at[jnp.arange(batch), slots_b].set(hidden_bd.astype(jnp.float32), mode="drop")
+        states = _put(out.seg_hidden, slots_b, hidden_bd.astype(jnp.float32))
         return dataclasses.replace(out, seg_hidden=states, seg_counts=out.seg_counts + where_b)
 
     def extend(out: Generation, cache, hidden_bd, done_b) -> _State:
@@ -140,7 +140,7 @@ def generate(
         is_seg = jnp.zeros_like(done_b) if config.seg_id is None else ~done_b & (token_b == config.seg_id)
         out = dataclasses.replace(
             out,
-            ids=out.ids.at[jnp.arange(batch), slots_b].set(token_b, mode="drop"),
+            ids=_put(out.ids, slots_b, token_b),
             lengths=out.lengths + ~done_b,
             finished=out.finished | is_end,
         )
@@ -173,6 +173,12 @@ def generate(
     )
     state = extend(out, cache, last_bd, jnp.zeros(batch, bool))
     return jax.lax.while_loop(lambda state: ~jnp.all(state.done), step, state).out
+
+
+@jax.vmap
+def _put(row_n, slot, value):
+    """Every row with a value in one slot, or unchanged if the slot is out of range."""
+    return row_n.at[slot].set(value, mode="drop")
 
 
 def _allowed(logits_bv: Float[Array, "b v"], config: DecodingConfig) -> Float[Array, "b v"]:

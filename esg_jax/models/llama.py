@@ -155,12 +155,9 @@ class Attention(nnx.Module):
         if cache is None:
             attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         else:
-            rows = jnp.arange(x_btc.shape[0])[:, None]
             slots_bt = cache.lengths[:, None] + jnp.arange(x_btc.shape[1])
-            # A scatter into the loop's carry happens in place; slicing the layer out and back would copy the cache.
-            at = dict(mode="drop", unique_indices=True, indices_are_sorted=True)
-            keys = cache.k.at[layer, rows, slots_bt].set(key.astype(cache.k.dtype), **at)
-            values = cache.v.at[layer, rows, slots_bt].set(value.astype(cache.v.dtype), **at)
+            keys = _write(cache.k, key, layer, slots_bt)
+            values = _write(cache.v, value, layer, slots_bt)
             cache = dataclasses.replace(cache, k=keys, v=values)
             visible_bts = jnp.arange(cache.k.shape[2]) <= slots_bt[..., None]
             key, value = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (keys, values))
@@ -281,6 +278,31 @@ class Llama(nnx.Module):
             return self.head(hidden_btd, preferred_element_type=jnp.float32)
         embedding = self.embed.embedding[...].astype(self.dtype)
         return jnp.einsum("...d,vd->...v", hidden_btd, embedding, preferred_element_type=jnp.float32)
+
+
+def _write(
+    cache_lbskd: Float[Array, "l b s k d"],
+    new_btkd: Float[Array, "b t k d"],
+    layer: Int[Array, ""],
+    slots_bt: Int[Array, "b t"],
+) -> Float[Array, "l b s k d"]:
+    """Puts keys or values into one layer's slots; those out of range are dropped.
+
+    A scatter into the loop's carry happens in place; slicing the layer out and back would copy it. Naming the batch as
+    such, instead of indexing it, lets the compiler keep every row of the cache on the device that has the row.
+    """
+    indices_bti = jnp.stack([jnp.broadcast_to(layer, slots_bt.shape), slots_bt], axis=-1)
+    dims = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(2, 3),
+        inserted_window_dims=(0, 2),
+        scatter_dims_to_operand_dims=(0, 2),
+        operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(0,),
+    )
+    new_btkd = new_btkd.astype(cache_lbskd.dtype)
+    return jax.lax.scatter(
+        cache_lbskd, indices_bti, new_btkd, dims, indices_are_sorted=True, unique_indices=True, mode="drop"
+    )
 
 
 def _adapted(adapters: Mapping[str, nnx.Module], key: Array | None):
