@@ -7,10 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from esg_jax.inference.decoding import DecodingConfig, generate, sample_top_p
+from esg_jax.interop.convert import load_into
 from esg_jax.models.llama import Llama, LlamaConfig
 from esg_jax.ops.segment_tokens import find_tokens, token_states
+from esg_jax.train.sharding import make_mesh, partition_specs, put_batch
+from esg_jax.weights import named_arrays
 
 LENGTHS = np.array([3, 7, 1, 5])
 NEW = 12
@@ -169,6 +174,23 @@ def test_top_p_keeps_the_nucleus_and_its_proportions():
     sharper = np.bincount(draw(keys, jnp.log(probability), 0.5, 1.0), minlength=5) / len(keys)
     np.testing.assert_allclose(sharper, probability**2 / (probability**2).sum(), atol=0.011)
     assert (draw(keys[:100], jnp.log(probability), 1.0, 1e-6) == 1).all()
+
+
+def test_sharded_generation_keeps_rows_and_heads_where_they_are(model, prompts, greedy):
+    """Two devices share the rows, two the heads; every device holds a quarter of the cache."""
+    mesh = make_mesh(2, 1, 2, devices=jax.devices()[:4])
+    columns = r"(query|key|value|gate|up)\.kernel$"
+    rules = ((columns, P(None, None, "model")), (r"(out|down)\.kernel$", P(None, "model")), (r"", P()))
+    arrays = named_arrays(model)
+    specs = partition_specs(arrays, rules, mesh)
+    placed = {name: jax.device_put(value, NamedSharding(mesh, specs[name])) for name, value in arrays.items()}
+    batch = put_batch({"x": np.asarray(model.embed(prompts)), "lengths": LENGTHS}, mesh)
+    compiled = run.lower(load_into(model, placed), batch["x"], batch["lengths"], BASE).compile()
+    out = compiled(load_into(model, placed), batch["x"], batch["lengths"])
+    np.testing.assert_array_equal(out.ids, greedy.ids)
+    slots = LENGTHS.max() + NEW
+    assert f"f32[2,2,{slots},1,6]" in compiled.as_text()
+    assert f"f32[2,4,{slots}," not in compiled.as_text()
 
 
 @pytest.mark.parametrize(
