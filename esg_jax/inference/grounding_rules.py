@@ -63,10 +63,10 @@ class GroundingConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, float) and not 0 <= value <= 1:
+            if field.type is float and not (isinstance(value, int | float) and 0 <= value <= 1):
                 raise ValueError(f"{field.name} is {value}; it must lie between 0 and 1")
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"{field.name} is {value}; it must be positive")
+            if field.type is int and not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{field.name} is {value}; it must be a positive whole number")
 
 
 def match_queries(iou_qn: Float[np.ndarray, "q n"], min_iou: float = 0.5) -> Int[np.ndarray, "n"]:

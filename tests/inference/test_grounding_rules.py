@@ -123,9 +123,12 @@ def test_names():
     [
         ({"refer_mode": "guess"}, "refer_mode is 'guess'; choose one of whole, extract"),
         ({"threshold": 1.5}, "threshold is 1.5; it must lie between 0 and 1"),
-        ({"max_instances": 0}, "max_instances is 0; it must be positive"),
+        ({"threshold": "high"}, "threshold is high; it must lie between 0 and 1"),
+        ({"max_instances": 0}, "max_instances is 0; it must be a positive whole number"),
+        ({"colorings": 1.5}, "colorings is 1.5; it must be a positive whole number"),
     ],
 )
 def test_bad_settings(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         GroundingConfig(**change)
+    assert GroundingConfig(min_score=0).min_score == 0  # as the command line gives it
