@@ -156,8 +156,8 @@ class Attention(nnx.Module):
             attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         else:
             slots_bt = cache.lengths[:, None] + jnp.arange(x_btc.shape[1])
-            keys = _write(cache.k, key, layer, slots_bt)
-            values = _write(cache.v, value, layer, slots_bt)
+            keys = _write(cache.k, key, layer, cache.lengths)
+            values = _write(cache.v, value, layer, cache.lengths)
             cache = dataclasses.replace(cache, k=keys, v=values)
             visible_bts = jnp.arange(cache.k.shape[2]) <= slots_bt[..., None]
             key, value = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (keys, values))
@@ -239,7 +239,7 @@ class Llama(nnx.Module):
         Args:
             x_btd: embedded tokens.
             positions_bt: rotary positions; default: the place in the row.
-            cache: earlier keys and values, with room for T more tokens in every row (excess tokens are dropped).
+            cache: earlier keys and values, with room for T more tokens; a row without it keeps none of them.
             lora: adapters from `esg_jax.models.lora`.
             lora_key: key of the adapters' dropout; None: no dropout.
 
@@ -284,24 +284,24 @@ def _write(
     cache_lbskd: Float[Array, "l b s k d"],
     new_btkd: Float[Array, "b t k d"],
     layer: Int[Array, ""],
-    slots_bt: Int[Array, "b t"],
+    start_b: Int[Array, "b"],
 ) -> Float[Array, "l b s k d"]:
-    """Puts keys or values into one layer's slots; those out of range are dropped.
+    """Puts keys or values into one layer's slots from `start_b` on; a row whose slots do not all exist stays as it is.
 
     A scatter into the loop's carry happens in place; slicing the layer out and back would copy it. Naming the batch as
     such, instead of indexing it, lets the compiler keep every row of the cache on the device that has the row.
     """
-    indices_bti = jnp.stack([jnp.broadcast_to(layer, slots_bt.shape), slots_bt], axis=-1)
+    indices_bi = jnp.stack([jnp.broadcast_to(layer, start_b.shape), start_b], axis=-1)
     dims = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(2, 3),
-        inserted_window_dims=(0, 2),
+        update_window_dims=(1, 2, 3),
+        inserted_window_dims=(0,),
         scatter_dims_to_operand_dims=(0, 2),
         operand_batching_dims=(1,),
         scatter_indices_batching_dims=(0,),
     )
     new_btkd = new_btkd.astype(cache_lbskd.dtype)
     return jax.lax.scatter(
-        cache_lbskd, indices_bti, new_btkd, dims, indices_are_sorted=True, unique_indices=True, mode="drop"
+        cache_lbskd, indices_bi, new_btkd, dims, indices_are_sorted=True, unique_indices=True, mode="drop"
     )
 
 
