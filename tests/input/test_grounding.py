@@ -17,7 +17,6 @@ from esg_jax.input.grounding import (
 from esg_jax.input.grounding_readers import GroundingSourceConfig, open_narratives
 from esg_jax.input.records import Entities
 from esg_jax.input.square import entity_map, square_labels
-from esg_jax.input.square import entity_map, square_labels
 from esg_jax.text.prompts import Prompts
 from esg_jax.text.sequences import SequenceBuilder
 
