@@ -5,7 +5,7 @@
 
 The quickstart's model and views, trained for longer. Every picture the scenes are made of may be redistributed
 (data/scenes/README.md). Real photographs in COCO format can be mixed in, half of the images; the packaged checkpoint
-took those that `python -m data.licence_subset` keeps:
+took those that `python -m data.licence_subset --licences 4 5 7 8` keeps (esg_jax/assets/README.md):
 
     python train.py --config=configs/demo.py:runs/scenes,kept.json,IMAGES --workdir=runs/demo_photos \\
         --config.init_from=runs/demo
