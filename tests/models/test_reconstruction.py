@@ -82,13 +82,13 @@ def overfit(mode):
 
 
 def best_overlaps(logits):
-    """IoU of every painted entity with its best query, and the query."""
+    """Per painted entity: its number, and the IoU of its best query."""
     out = []
     for masks, labels in zip(logits > 0, make_batch()["label_map"], strict=True):
         for entity in np.unique(labels)[1:]:
             truth = labels == entity
             overlap = (masks & truth).sum((1, 2)) / (masks | truth).sum((1, 2))
-            out.append((overlap.max(), overlap.argmax()))
+            out.append((entity, overlap.max()))
     return np.array(out)
 
 
@@ -99,13 +99,14 @@ def with_skip():
 
 def test_detail_comes_back_with_the_skip_and_not_without(with_skip):
     """Stripes as fine as the mask features are what the literal wiring's grid of image tokens cannot carry."""
-    kept = best_overlaps(with_skip(0)[0])[:, 0].mean()
-    literal = best_overlaps(overfit("paper")(0)[0])[:, 0].mean()
-    print(f"mean IoU: paper_skip {kept:.3f}, paper {literal:.3f}")
-    assert kept > 0.95
-    assert literal < kept - 0.1
+    kept, literal = (best_overlaps(predict(0)[0]) for predict in (with_skip, overfit("paper")))
+    stripes = kept[:, 0] <= 2
+    print(f"mean IoU: paper_skip {kept[:, 1].mean():.3f}, paper {literal[:, 1].mean():.3f}")
+    print(f"of stripes: paper_skip {kept[stripes, 1].mean():.3f}, paper {literal[stripes, 1].mean():.3f}")
+    assert kept[:, 1].mean() > 0.95
+    assert literal[stripes, 1].mean() < kept[stripes, 1].mean() - 0.1
 
 
 def test_other_colours_change_the_queries_not_the_entities(with_skip):
     first, second = (best_overlaps(with_skip(seed)[0]) for seed in (1, 2))
-    assert first[:, 0].mean() > 0.95 and second[:, 0].mean() > 0.95
+    assert first[:, 1].mean() > 0.95 and second[:, 1].mean() > 0.95
