@@ -25,10 +25,10 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 
 from esg_jax.config import from_dict
 from esg_jax.input.grounding_readers import TASKS, GroundingSourceConfig, Narrative, Narratives, open_narratives
+from esg_jax.input.pipeline import endless, seed_of
 from esg_jax.input.square import entity_map, square_image
 from esg_jax.text.prompts import Prompts
 from esg_jax.text.sequences import SequenceBuilder, Tokenizer, TokenSequence, Turn, pad_sequences
@@ -106,17 +106,7 @@ def train_iterator(
         ValueError, FileNotFoundError: a problem with the configuration or an annotation file; while iterating, with
             an image or a mask.
     """
-    dataset = train_dataset(config, tokenizer, process_index, process_count)
-    options = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
-    iterator = dataset.to_iter_dataset(options)
-    if config.num_workers:
-        # Grain's worker start reads absl flags, which only absl programs have parsed by now.
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
-        iterator = iterator.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=config.num_workers, per_worker_buffer_size=config.prefetch)
-        )
-    return iter(iterator)
+    return endless(train_dataset(config, tokenizer, process_index, process_count), config)
 
 
 def train_dataset(
@@ -142,7 +132,7 @@ def train_dataset(
                 continue
             logger.info("data source %s: %d of %d captions for %s", source_name, len(rows), len(narratives), name)
             stream = grain.MapDataset.source(_Rows(narratives, rows))
-            stream = stream.seed(_seed(config.seed, task, number)).shuffle().repeat()
+            stream = stream.seed(seed_of(config.seed, task, number)).shuffle().repeat()
             streams.append(stream.random_map(ExampleMaker(task, config, builder))[process_index::process_count])
             weights.append(source.weight)
         if not streams:
@@ -297,7 +287,3 @@ def mirror_words(text: str) -> str:
         return word.capitalize() if match.group()[0].isupper() else word
 
     return re.sub(r"\b(left|right)\b", other, text, flags=re.IGNORECASE)
-
-
-def _seed(*parts: int) -> int:
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])

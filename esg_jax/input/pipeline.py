@@ -118,7 +118,16 @@ def train_iterator(config: DataConfig, process_index: int = 0, process_count: in
         ValueError, FileNotFoundError: a problem with the configuration or an annotation file; while iterating, with
             an image or a mask. The message names the field or file.
     """
-    dataset = train_dataset(config, process_index, process_count)
+    return endless(train_dataset(config, process_index, process_count), config)
+
+
+def endless(dataset: grain.MapDataset, config: Any) -> grain.DatasetIterator:
+    """Iterator over a training dataset, with the threads and processes that `config` asks for.
+
+    Args:
+        dataset: of batches.
+        config: has `num_workers`, `num_threads` and `prefetch`, see `DataConfig`.
+    """
     options = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
     iterator = dataset.to_iter_dataset(options)
     if config.num_workers:
@@ -146,7 +155,7 @@ def train_dataset(config: DataConfig, process_index: int = 0, process_count: int
         total = sum(len(rows) for rows in rows_by_bucket.values())
         for bucket, rows in rows_by_bucket.items():
             stream = grain.MapDataset.source(_Subset(source, rows))
-            stream = stream.seed(_seed(config.seed, number, bucket)).shuffle().repeat()
+            stream = stream.seed(seed_of(config.seed, number, bucket)).shuffle().repeat()
             stream = stream.random_map(_mapper(config, bucket))[process_index::process_count]
             streams.setdefault(bucket, []).append((stream, source_config.weight * len(rows) / total))
     if not streams:
@@ -231,5 +240,6 @@ def _mix(datasets: list[grain.MapDataset], weights: list[float]) -> grain.MapDat
     return datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
 
 
-def _seed(*parts: int) -> int:
+def seed_of(*parts: int) -> int:
+    """One seed from several numbers, unrelated for different ones."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])

@@ -14,7 +14,14 @@ from jaxtyping import Array, Float, Int, Num
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
 from esg_jax.models.backbones.resnet import ResNet, ResNetConfig
 from esg_jax.models.backbones.swin import Swin, SwinConfig
-from esg_jax.models.mask_decoder import DecoderOutput, MaskDecoder, MaskDecoderConfig, Memory, image_memory
+from esg_jax.models.mask_decoder import (
+    DecoderOutput,
+    MaskDecoder,
+    MaskDecoderConfig,
+    Memory,
+    check_widths,
+    image_memory,
+)
 from esg_jax.models.pixel_decoder import PixelDecoder, PixelDecoderConfig
 from esg_jax.models.positions import view_sine_position
 from esg_jax.models.view_association import AssociationConfig, ViewAssociation
@@ -41,16 +48,7 @@ class CropFormerConfig:
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
 
     def __post_init__(self):
-        if self.pixel_decoder.conv_dim != self.mask_decoder.hidden_dim:
-            raise ValueError(
-                f"pixel_decoder.conv_dim ({self.pixel_decoder.conv_dim}) must equal "
-                f"mask_decoder.hidden_dim ({self.mask_decoder.hidden_dim})"
-            )
-        if self.pixel_decoder.mask_dim != self.mask_decoder.mask_dim:
-            raise ValueError(
-                f"pixel_decoder.mask_dim ({self.pixel_decoder.mask_dim}) must equal "
-                f"mask_decoder.mask_dim ({self.mask_decoder.mask_dim})"
-            )
+        check_widths(self.pixel_decoder, self.mask_decoder)
 
     @classmethod
     def swin_tiny(cls) -> "CropFormerConfig":

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
 from esg_jax.models.backbones.swin import Swin, SwinConfig
 from esg_jax.models.cropformer import CropFormerOutput
-from esg_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig, image_memory
+from esg_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig, check_widths, image_memory
 from esg_jax.models.pixel_decoder import PixelDecoder, PixelDecoderConfig
 from esg_jax.models.resoblend import ResoBlend, ResoBlendConfig
 
@@ -37,16 +37,7 @@ class EntityEncoderConfig:
     mask_decoder: MaskDecoderConfig = MaskDecoderConfig()
 
     def __post_init__(self):
-        if self.pixel_decoder.conv_dim != self.mask_decoder.hidden_dim:
-            raise ValueError(
-                f"pixel_decoder.conv_dim ({self.pixel_decoder.conv_dim}) must equal "
-                f"mask_decoder.hidden_dim ({self.mask_decoder.hidden_dim})"
-            )
-        if self.pixel_decoder.mask_dim != self.mask_decoder.mask_dim:
-            raise ValueError(
-                f"pixel_decoder.mask_dim ({self.pixel_decoder.mask_dim}) must equal "
-                f"mask_decoder.mask_dim ({self.mask_decoder.mask_dim})"
-            )
+        check_widths(self.pixel_decoder, self.mask_decoder)
         if self.mask_decoder.num_classes != 1:
             raise ValueError(f"mask_decoder.num_classes is {self.mask_decoder.num_classes}; entities have one class")
 

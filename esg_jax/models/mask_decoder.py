@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from esg_jax.models import layers
+from esg_jax.models.pixel_decoder import PixelDecoderConfig
 from esg_jax.models.positions import sine_position
 from esg_jax.ops.resize import resize_bilinear
 
@@ -38,6 +39,20 @@ class MaskDecoderConfig:
     num_layers: int = 9
     num_queries: int = 100
     num_classes: int = 1
+
+
+def check_widths(pixel_decoder: PixelDecoderConfig, mask_decoder: MaskDecoderConfig) -> None:
+    """Raises ValueError when the two decoders of a model do not fit together."""
+    if pixel_decoder.conv_dim != mask_decoder.hidden_dim:
+        raise ValueError(
+            f"pixel_decoder.conv_dim ({pixel_decoder.conv_dim}) must equal "
+            f"mask_decoder.hidden_dim ({mask_decoder.hidden_dim})"
+        )
+    if pixel_decoder.mask_dim != mask_decoder.mask_dim:
+        raise ValueError(
+            f"pixel_decoder.mask_dim ({pixel_decoder.mask_dim}) must equal "
+            f"mask_decoder.mask_dim ({mask_decoder.mask_dim})"
+        )
 
 
 @jax.tree_util.register_dataclass
