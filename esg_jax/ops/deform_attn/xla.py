@@ -97,8 +97,19 @@ def forward(values_bshd, shapes: Shapes, locations_bqhlp2, weights_bqhlp):
 def backward(values_bshd, shapes: Shapes, locations_bqhlp2, weights_bqhlp, grad_out):
     """Gradients (values, locations, weights), all float32, for the gradient (B, Q, H*D) of the output."""
     batch, _, heads, channels = values_bshd.shape
-    values_bhsd, locations, weights = (_swap_heads(a) for a in (values_bshd, locations_bqhlp2, weights_bqhlp))
-    grad_bhqd = _swap_heads(grad_out.astype(jnp.float32).reshape(batch, -1, heads, channels))
+    grad_bqhd = grad_out.astype(jnp.float32).reshape(batch, -1, heads, channels)
+    args = (values_bshd, locations_bqhlp2, weights_bqhlp, grad_bqhd)
+    # XLA's CPU scatter runs on one core; scans that do not depend on each other run side by side.
+    parts = 2 if heads % 2 == 0 else 1
+    grads = [_backward_heads(shapes, *part) for part in zip(*(jnp.split(a, parts, 2) for a in args), strict=True)]
+    return tuple(jnp.concatenate(part, 2) for part in zip(*grads, strict=True))
+
+
+def _backward_heads(shapes, values_bshd, locations_bqhlp2, weights_bqhlp, grad_bqhd):
+    """`backward` of some of the heads."""
+    values_bhsd, locations, weights, grad_bhqd = map(
+        _swap_heads, (values_bshd, locations_bqhlp2, weights_bqhlp, grad_bqhd)
+    )
     block, chunk = _block_sizes(values_bshd.shape, weights_bqhlp.shape)
 
     def pull(grad_values_bhsd, rows_bhqk, coefficients_bhqk, grad_bhqd):
