@@ -5,7 +5,8 @@
 
 Rounds alternate between the contenders, so that a disturbance hits all of them; the table shows medians. Before each
 timed call comes an untimed one of the same contender: whoever follows the corner gather would otherwise pay for its
-gigabytes (cold caches, pages handed back). Outputs are compared before anything is timed. Estimates for TPUs, from the compiler alone: deform_attn_tpu.py.
+gigabytes (cold caches, pages handed back). Outputs are compared before anything is timed. Estimates for TPUs, from the
+compiler alone: deform_attn_tpu.py.
 """
 
 import argparse
