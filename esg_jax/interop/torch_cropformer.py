@@ -267,7 +267,7 @@ class CropFormer(nn.Module):
         Returns:
             Class logits (B, Q, K+1) and stride-4 mask logits (B, Q, T, H/4, W/4).
         """
-        x = (image.float() - self.pixel_mean) / self.pixel_std
+        x = (image.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std
         rows = torch.arange(x.shape[3], device=x.device)[:, None] < size[..., 0, None, None]
         columns = torch.arange(x.shape[4], device=x.device) < size[..., 1, None, None]
         x = x * (rows & columns)[:, :, None]
