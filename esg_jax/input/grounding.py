@@ -1,4 +1,4 @@
-"""Grain pipeline of GELLA: narratives to an endless, resumable stream of batches of one task each.
+"""Grain pipeline of GELLA: narratives to an endless, resumable stream of batches.
 
 A batch is a dictionary (B samples, T tokens, V phrases, N = `max_entities`):
 
@@ -11,9 +11,11 @@ A batch is a dictionary (B samples, T tokens, V phrases, N = `max_entities`):
     seg_pos     int32 (B, V), seg_valid bool (B, V)    the <SEG> of every phrase
     links       bool (B, V, N)         phrase i means entity k
     linked      bool (B, V)            the phrase has a target
-    task        int32 (B,)             index into `grounding_readers.TASKS`, the same for the whole batch
+    task        int32 (B,)             index into `narratives.TASKS`
+    reconstruct bool (B,)              only with `sampling="per_sample"`: the sample trains the masks
 
-The task of every step follows from the seed and the step alone, so all hosts take the same one.
+The task follows from the seed and the number of the step (`sampling="per_step"`: one task for the whole batch, the same
+on all hosts) or of the sample.
 """
 
 import dataclasses
@@ -27,7 +29,8 @@ import grain
 import numpy as np
 
 from esg_jax.config import from_dict
-from esg_jax.input.grounding_readers import TASKS, GroundingSourceConfig, Narrative, Narratives, open_narratives
+from esg_jax.input.grounding_readers import open_narratives
+from esg_jax.input.narratives import TASKS, GroundingSourceConfig, Narrative, Narratives
 from esg_jax.input.pipeline import endless, seed_of
 from esg_jax.input.square import entity_map, square_image
 from esg_jax.text.prompts import Prompts
@@ -50,6 +53,8 @@ class GroundingDataConfig:
     max_phrases: V; later phrases of a caption are left out.
     lengths: T of the three tasks: description, extraction, grounding.
     ratios: how often each task is drawn.
+    sampling: "per_step" draws a task for every step: descriptions skip the masks in a program of their own;
+        "per_sample" draws one for every sample: one program for all, of the longest of `lengths`.
     conversation, prompts: style of `Prompts` and the file with the wording (empty: the packaged one).
     with_count: answers begin with the number of phrases.
     hflip: probability of mirroring the picture, "left" and "right" in the caption with it.
@@ -65,6 +70,7 @@ class GroundingDataConfig:
     max_phrases: int = 64
     lengths: tuple[int, ...] = (1024, 1536, 1536)
     ratios: tuple[float, ...] = (0.2, 0.2, 0.6)
+    sampling: str = "per_step"
     conversation: str = "vicuna"
     prompts: str = ""
     with_count: bool = True
@@ -84,8 +90,14 @@ class GroundingDataConfig:
             raise ValueError(f"data.map_size is {self.map_size}; it must be a positive multiple of 32")
         if min(self.ratios) < 0 or sum(self.ratios) <= 0:
             raise ValueError(f"data.ratios are {self.ratios}; they must not be negative, nor all zero")
+        if self.sampling not in ("per_step", "per_sample"):
+            raise ValueError(f"data.sampling is {self.sampling!r}; choose per_step or per_sample")
         sources = {name: dataclasses.asdict(source) for name, source in self.source_configs().items()}
         object.__setattr__(self, "sources", sources)
+
+    def length(self, task: int) -> int:
+        """T of a batch with samples of a task."""
+        return self.lengths[task] if self.sampling == "per_step" else max(self.lengths)
 
     def source_configs(self) -> dict[str, GroundingSourceConfig]:
         """The sources as dataclasses. Raises ValueError with the full path of an unknown field."""
@@ -120,6 +132,14 @@ def train_dataset(
     prompts = Prompts.load(config.prompts or None, config.conversation)
     builder = SequenceBuilder(tokenizer, prompts, config.num_image_tokens)
     opened = {name: (open_narratives(source), source) for name, source in config.source_configs().items()}
+    for name, (narratives, source) in opened.items():
+        if not (narratives.complete or source.entity_masks):
+            raise ValueError(
+                f"data.sources.{name}: {source.reader} annotates only what is asked for; set entity_masks to masks of "
+                "everything in its images (`esg predict` makes them)"
+            )
+    hosts = slice(process_index, None, process_count)
+    per_step = config.sampling == "per_step"
     tasks: list[grain.MapDataset | None] = []
     for task, name in enumerate(TASKS):
         if not config.ratios[task]:
@@ -133,19 +153,20 @@ def train_dataset(
             logger.info("data source %s: %d of %d captions for %s", source_name, len(rows), len(narratives), name)
             stream = grain.MapDataset.source(_Rows(narratives, rows))
             stream = stream.seed(seed_of(config.seed, task, number)).shuffle().repeat()
-            streams.append(stream.random_map(ExampleMaker(task, config, builder))[process_index::process_count])
+            stream = stream.random_map(ExampleMaker(task, config, builder))
+            streams.append(stream[hosts] if per_step else stream)
             weights.append(source.weight)
         if not streams:
             raise ValueError(f"data.ratios asks for {name}, for which no source has captions")
         mixed = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights)
-        tasks.append(mixed.batch(config.batch_size // process_count, drop_remainder=True))
-    schedule = TaskSchedule(config.ratios, config.seed)
-    return grain.MapDataset.source(schedule).map(_Pick(tuple(tasks)))
+        tasks.append(mixed.batch(config.batch_size // process_count, drop_remainder=True) if per_step else mixed)
+    picked = grain.MapDataset.source(TaskSchedule(config.ratios, config.seed)).map(_Pick(tuple(tasks)))
+    return picked if per_step else picked[hosts].batch(config.batch_size // process_count, drop_remainder=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskSchedule:
-    """Which task a step has, and how many steps with that task came before it.
+    """Which task a step (or sample) has, and how many with that task came before it.
 
     Tasks are shuffled within blocks of 100 steps that hold them in the wanted ratios (rounded to whole steps by
     largest remainder), so the ratios hold at any time and a step's batch follows from its number.
@@ -179,7 +200,7 @@ def _block(ratios: tuple[float, ...], seed: int, block: int) -> tuple[np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class _Pick:
-    """(task, index) to the batch of that task."""
+    """(task, index) to the batch, or the sample, of that task."""
 
     tasks: tuple[grain.MapDataset | None, ...]
 
@@ -203,6 +224,8 @@ class _Rows:
 
 
 def _rows(narratives: Narratives, task: str) -> np.ndarray:
+    if narratives.kind != "caption" and task != "grounding":
+        return np.zeros(0, np.int64)  # an expression or a question describes no image and lists no nouns
     if task == "grounding":
         return np.flatnonzero(narratives.num_linked > 0)
     return np.flatnonzero(narratives.num_phrases > 0) if task == "extraction" else np.arange(len(narratives))
@@ -221,11 +244,12 @@ class ExampleMaker:
         questions = prompts.description if self.task == 0 else prompts.extraction
         question, flip = int(rng.integers(len(questions))), bool(rng.random() < config.hflip)
         caption, phrases = narrative.caption, [(phrase.text, phrase.end) for phrase in narrative.phrases]
-        sequence, count = self._sequence(caption, phrases[: config.max_phrases], question, flip)
-        text = pad_sequences([sequence], config.lengths[self.task], config.max_phrases, self.builder.tokenizer.pad_id)
+        asked = narrative.kind == "question"
+        sequence, count = self._sequence(caption, phrases[: config.max_phrases], question, flip, asked)
+        text = pad_sequences([sequence], config.length(self.task), config.max_phrases, self.builder.tokenizer.pad_id)
 
         image = narrative.record.load_image()
-        entities = narrative.record.load_entities()
+        entities, meant = narrative.load_entities()
         if flip:
             image = image[:, ::-1]
             entities = dataclasses.replace(entities, layers=[layer[:, ::-1] for layer in entities.layers])
@@ -236,10 +260,14 @@ class ExampleMaker:
             logger.debug("image %s: entities %s are too small or too many for the label map",
                         narrative.record.name, [entities.ids[entity] for entity in lost])  # fmt: skip
         links = np.zeros((config.max_phrases, config.max_entities), bool)
+        linked = np.zeros(config.max_phrases, bool)
         if self.task == 2:
-            for row, phrase in enumerate(narrative.phrases[:count]):
-                kept = slots[list(phrase.entities)]
+            for row, rows in enumerate(meant[:count]):
+                kept = slots[list(rows)]
                 links[row, kept[kept >= 0]] = True
+                # Nothing answers the question: all pairs are negative.
+                linked[row] = links[row].any() or (asked and not narrative.phrases[row].entities)
+        mixed = {} if config.sampling == "per_step" else {"reconstruct": np.bool_(self.task != 0)}
         return {
             "image": pixels,
             "image_size": image_size,
@@ -247,19 +275,22 @@ class ExampleMaker:
             "map_size": map_size,
             **{name: array[0] for name, array in text.items()},
             "links": links,
-            "linked": links.any(axis=1),
+            "linked": linked,
             "task": np.int32(self.task),
+            **mixed,
         }
 
     def _sequence(
-        self, caption: str, phrases: list[tuple[str, int]], question: int, flip: bool
+        self, caption: str, phrases: list[tuple[str, int]], question: int, flip: bool, asked: bool
     ) -> tuple[TokenSequence, int]:
         """The conversation, and how many phrases its answer has; long captions lose their end."""
-        length, prompts = self.config.lengths[self.task], self.builder.prompts
+        length, prompts = self.config.length(self.task), self.builder.prompts
         words = len(caption.split())
         while True:
             shown = mirror_words(caption) if flip else caption
-            if self.task == 0:
+            if asked:
+                turn = Turn(shown, prompts.reasoning_answer())
+            elif self.task == 0:
                 turn = Turn(prompts.description[question], shown)
             else:
                 names = [mirror_words(text) if flip else text for text, _ in phrases]

@@ -1,8 +1,4 @@
-"""Readers of captions whose noun phrases are linked to entity masks.
-
-A source gives narratives: one caption of one image, its noun phrases with their character spans, and for every phrase
-the entities that it means (one, several, or none known). Several narratives may share an image.
-"""
+"""Readers of captions whose noun phrases are linked to entity masks; `open_narratives` opens any source of text."""
 
 import dataclasses
 import json
@@ -14,111 +10,14 @@ from typing import Any
 import numpy as np
 
 from esg_jax.input import image_io, mask_files
-from esg_jax.input.readers import (
-    CocoInstances,
-    CocoPanoptic,
-    CocoRecord,
-    PanopticRecord,
-    SourceConfig,
-    list_of,
-    read_json,
-    read_text,
-)
+from esg_jax.input.narratives import TASKS as TASKS
+from esg_jax.input.narratives import GroundingSourceConfig, MaskIndex, Narratives
+from esg_jax.input.readers import CocoInstances, CocoPanoptic, SourceConfig, list_of, read_json, read_text
 from esg_jax.input.records import Entities, Record
+from esg_jax.input.referring_readers import reasonseg, refcoco
 from esg_jax.text.sequences import locate
 
 logger = logging.getLogger(__name__)
-
-TASKS = ("description", "extraction", "grounding")
-
-
-@dataclasses.dataclass(frozen=True)
-class Phrase:
-    """A noun phrase of a caption.
-
-    Attributes:
-        text: ``caption[start:end]``.
-        entities: rows of `Record.load_entities`; empty when the phrase is linked to no mask.
-        plural: the phrase speaks of several things.
-    """
-
-    text: str
-    start: int
-    end: int
-    entities: tuple[int, ...]
-    plural: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Narrative:
-    """One caption of an image."""
-
-    record: Record
-    caption: str
-    phrases: tuple[Phrase, ...]
-    caption_id: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class GroundingSourceConfig:
-    """Where linked captions lie, and what they are used for.
-
-    reader: "linked_captions", "png" (Panoptic Narrative Grounding) or "entity_jsonl".
-    captions: the file with the captions.
-    annotations: the COCO file with the masks: COCO instances for "linked_captions" (default: the caption file itself),
-        COCO panoptic for "png".
-    images: folder that image names are relative to; by default the folder of the annotation or caption file.
-    masks: folder of the panoptic PNGs; by default `annotations` without its suffix.
-    exclude: text file with the ids of images to leave out, one a line (images that an evaluation uses).
-    tasks: of "description", "extraction" and "grounding", those that may draw from this source.
-    weight: share of this source within a task.
-    """
-
-    reader: str = "linked_captions"
-    captions: str = ""
-    annotations: str = ""
-    images: str = ""
-    masks: str = ""
-    exclude: str = ""
-    tasks: tuple[str, ...] = TASKS
-    weight: float = 1.0
-
-    def __post_init__(self):
-        object.__setattr__(self, "tasks", tuple(self.tasks))
-        unknown = set(self.tasks) - set(TASKS)
-        if unknown:
-            raise ValueError(f"unknown task {min(unknown)!r} of a source; choose of {', '.join(TASKS)}")
-
-
-class Narratives:
-    """A source of narratives with random access; captions stay bytes until they are asked for.
-
-    Attributes:
-        num_phrases: int32 (n,) phrases of every narrative.
-        num_linked: int32 (n,) those that are linked to an entity.
-    """
-
-    def __init__(self, name: str, records: Sequence[Record], rows: Sequence[tuple[int, Any, str, list[tuple]]]):
-        """`rows`: record index, caption id, caption, and (start, end, entities, plural) of every phrase."""
-        self._name, self._records = name, records
-        self.num_phrases = np.array([len(row[3]) for row in rows], np.int32)
-        self.num_linked = np.array([sum(bool(phrase[2]) for phrase in row[3]) for row in rows], np.int32)
-        self._rows = [json.dumps(row).encode() for row in rows]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Narrative:
-        record, caption_id, caption, phrases = json.loads(self._rows[index])
-        return Narrative(
-            self._records[record],
-            caption,
-            tuple(Phrase(caption[s:e], s, e, tuple(entities), plural) for s, e, entities, plural in phrases),
-            caption_id,
-        )
-
-    def __repr__(self) -> str:
-        return f"Narratives({self._name}, {len(self)} captions)"
 
 
 def open_narratives(config: GroundingSourceConfig) -> Narratives:
@@ -134,6 +33,7 @@ def open_narratives(config: GroundingSourceConfig) -> Narratives:
     narratives = _READERS[config.reader](config)
     if not len(narratives):
         raise ValueError(f"{config.captions} has no caption with an image that is not excluded")
+    narratives.entity_masks = config.entity_masks
     return narratives
 
 
@@ -149,7 +49,7 @@ def _linked_captions(config: GroundingSourceConfig) -> Narratives:
     source = CocoInstances(
         images, _with_categories(content if masks_file == config.captions else read_json(masks_file))
     )
-    index = _Index(source, config)
+    index = MaskIndex(source, config)
     rows = []
     for caption in list_of(content, "captions", config.captions):
         name = f"{config.captions}: caption {caption.get('id', '(without id)')}"
@@ -191,7 +91,7 @@ def _panoptic_narratives(config: GroundingSourceConfig) -> Narratives:
     utterances are not found one after the other in the caption, the caption is rebuilt from them.
     """
     source = CocoPanoptic(SourceConfig("coco_panoptic", config.annotations, config.images, config.masks))
-    index = _Index(source, config)
+    index = MaskIndex(source, config)
     try:
         narratives = json.loads(read_text(config.captions))
     except json.JSONDecodeError as error:
@@ -223,7 +123,7 @@ def _panoptic_narratives(config: GroundingSourceConfig) -> Narratives:
         rows.append((record, f"{narrative['image_id']}_{annotator}", caption, phrases))
     if rebuilt:
         logger.info("%s: %d of %d captions rebuilt from their utterances", config.captions, rebuilt, len(rows))
-    return Narratives(config.captions, source, rows)
+    return Narratives(config.captions, source, rows, is_thing=source.is_thing)
 
 
 def _align(caption: str, utterances: Sequence[str]) -> list[tuple[int, int]] | None:
@@ -259,7 +159,7 @@ def _entity_jsonl(config: GroundingSourceConfig) -> Narratives:
     """
     folder = Path(config.images) if config.images else Path(config.captions).parent
     masks_folder = Path(config.masks) if config.masks else folder
-    excluded = _excluded(config)
+    excluded = config.excluded()
     records, rows = [], []
     for number, line in enumerate(read_text(config.captions).splitlines(), start=1):
         name = f"{config.captions}, line {number}"
@@ -311,51 +211,10 @@ class MaskFileRecord(Record):
         return Entities(masks.layers, np.zeros(count, np.int32), np.zeros(count, bool), masks.ids)
 
 
-class _Index:
-    """Rows of images and of their masks by the ids of the files; ids may be numbers or the same numbers as text."""
-
-    def __init__(self, source: CocoInstances | CocoPanoptic, config: GroundingSourceConfig):
-        self._source = source
-        self._rows = {str(source[row].image_id): row for row in range(len(source))}
-        self._excluded = _excluded(config)
-        self._ids: dict[int, dict[str, int]] = {}
-
-    def excluded(self, image_id: Any) -> bool:
-        return str(image_id) in self._excluded
-
-    def record(self, image_id: Any, name: str) -> int:
-        row = self._rows.get(str(image_id))
-        if row is None:
-            raise ValueError(f"{name} belongs to image id {image_id}, which {self._source.file} does not list")
-        return row
-
-    def entities(self, row: int, mask_ids: Sequence[Any], name: str) -> list[int]:
-        if row not in self._ids:
-            ids = _entity_ids(self._source[row])
-            self._ids[row] = {str(mask_id): rank for rank, mask_id in enumerate(ids)}
-        known = self._ids[row]
-        for mask_id in mask_ids:
-            if str(mask_id) not in known:
-                raise ValueError(
-                    f"{name} is linked to mask {mask_id}, which {self._source.file} does not have for this image"
-                )
-        return sorted({known[str(mask_id)] for mask_id in mask_ids})
-
-
-def _entity_ids(record: Record) -> Sequence[Any]:
-    """Ids of a record's entities, without decoding their masks."""
-    if isinstance(record, PanopticRecord):
-        return record.segment_ids.tolist()
-    assert isinstance(record, CocoRecord)
-    return [entry[0] for entry in json.loads(record.annotations)]
-
-
-def _excluded(config: GroundingSourceConfig) -> frozenset[str]:
-    return frozenset(read_text(config.exclude).split()) if config.exclude else frozenset()
-
-
 _READERS: Mapping[str, Callable[[GroundingSourceConfig], Narratives]] = {
     "linked_captions": _linked_captions,
     "png": _panoptic_narratives,
     "entity_jsonl": _entity_jsonl,
+    "refcoco": refcoco,
+    "reasonseg": reasonseg,
 }

@@ -1,6 +1,7 @@
 """Entity masks from wherever they come: label maps, run-length encodings, folders of binary pictures, arrays."""
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from esg_jax.input import rle
 from esg_jax.input.image_io import ImageError
 
 FORMATS = "a PNG label map, a JSON list of COCO RLEs, a COCO file, a .npy or .npz array, or a folder of binary PNGs"
+_SUFFIXES = (".png", ".json", ".npz", ".npy", "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,21 +90,64 @@ def _label_image(path: Path) -> np.ndarray:
     raise ImageError(f"label map {path} has {values.shape[-1]} channels, expected one, or three in COCO's id code")
 
 
+def mask_file_of(path: str | Path, stem: str) -> Path:
+    """The file that holds the masks of one of many images: a COCO JSON itself; in a folder, what is named like it.
+
+    Args:
+        path: COCO file or folder.
+        stem: name of the image without its suffix.
+
+    Raises:
+        FileNotFoundError: no such path, or nothing in the folder has the image's name.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"masks not found: {path}")
+    if not path.is_dir():
+        return path
+    found = next((file for suffix in _SUFFIXES if (file := path / f"{stem}{suffix}").exists()), None)
+    if found is None:
+        raise FileNotFoundError(f"{path} has no {stem}.png, .json, .npz, .npy or folder {stem}")
+    return found
+
+
 def _from_json(path: Path, size: tuple[int, int], image_name: str) -> MaskSet:
+    content = _read_json(path, path.stat().st_mtime_ns)
+    if isinstance(content, _CocoFile):
+        count = content.names.count(image_name)
+        if count != 1:
+            raise ValueError(f"{path} lists {count} images named {image_name!r}, expected one")
+        content = content.masks[content.names.index(image_name)]
+    return _from_records(content, size, str(path))
+
+
+@dataclasses.dataclass(frozen=True)
+class _CocoFile:
+    """Names of the images, and the masks of each."""
+
+    names: list[str]
+    masks: list[list[Any]]
+
+
+@functools.lru_cache(maxsize=2)
+def _read_json(path: Path, mtime_ns: int) -> Any:
+    """The content, by image when it is a COCO file: such a file is asked once for every image."""
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if isinstance(content, Mapping):
-        images, annotations = content.get("images"), content.get("annotations")
-        if not isinstance(images, list) or not isinstance(annotations, list):
-            raise ValueError(f"{path} is a dictionary without 'images' and 'annotations'; expected {FORMATS}")
-        names = [Path(str(image.get("file_name"))).name for image in images]
-        if names.count(image_name) != 1:
-            raise ValueError(f"{path} lists {names.count(image_name)} images named {image_name!r}, expected one")
-        image_id = images[names.index(image_name)]["id"]
-        content = [entry for entry in annotations if entry.get("image_id") == image_id and not entry.get("iscrowd")]
-    return _from_records(content, size, str(path))
+    if not isinstance(content, Mapping):
+        return content
+    images, annotations = content.get("images"), content.get("annotations")
+    if not isinstance(images, list) or not isinstance(annotations, list):
+        raise ValueError(f"{path} is a dictionary without 'images' and 'annotations'; expected {FORMATS}")
+    grouped: dict[Any, list[Any]] = {image["id"]: [] for image in images}
+    for entry in annotations:
+        if not entry.get("iscrowd"):
+            grouped.setdefault(entry.get("image_id"), []).append(entry)
+    return _CocoFile(
+        [Path(str(image.get("file_name"))).name for image in images], [grouped[image["id"]] for image in images]
+    )
 
 
 def _from_records(records: Any, size: tuple[int, int], name: str) -> MaskSet:

@@ -215,6 +215,8 @@ class CocoPanoptic:
             raise FileNotFoundError(f"folder of panoptic PNGs not found: {self._masks} (set SourceConfig.masks)")
         self._images = _images_by_id(content, self.file)
         self.categories, label_of = _categories(content, self.file)
+        ranked = sorted(content["categories"], key=lambda category: category["id"])
+        self.is_thing = tuple(bool(category.get("isthing", 1)) for category in ranked)
         self._entries: list[tuple[Any, str, np.ndarray, np.ndarray, np.ndarray]] = []
         for annotation in list_of(content, "annotations", self.file):
             if annotation.get("image_id") not in self._images:

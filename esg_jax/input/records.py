@@ -75,6 +75,10 @@ class Record:
         """Decodes the annotations. Raises ValueError that names the annotation when one is malformed."""
         raise NotImplementedError
 
+    def load_ignore(self) -> Bool[np.ndarray, "height width"] | None:
+        """Pixels that an evaluation leaves out; None: none."""
+        return None
+
 
 class RecordSource(Protocol):
     """What the pipeline asks of a reader: random access, and an index that needs no decoding.

@@ -77,12 +77,14 @@ class Level:
         masks: target masks as packed bits; with shared points their values there, (M, N, T, S).
         labels: class of every target.
         present: which slots hold a target.
+        counted: which items are charged for their classes; None: all.
     """
 
     features: Float[Array, "m t h w c"] | Float[Array, "m t s c"]
     masks: UInt8[Array, "m n t y x8"] | Float[Array, "m n t s"]
     labels: Int[Array, "m n"]
     present: Bool[Array, "m n"]
+    counted: Bool[Array, "m"] | None = None
 
 
 def loss_normalizers(batch: Mapping[str, Array], num_queries: int, config: LossConfig) -> dict[str, Array]:
@@ -92,7 +94,7 @@ def loss_normalizers(batch: Mapping[str, Array], num_queries: int, config: LossC
     exactly.
 
     Args:
-        batch: needs `present` (B, N) and `valid` (B, N, T).
+        batch: needs `present` (B, N) and `valid` (B, N, T), and may have `counted` (B,).
         num_queries: of the model.
         config: needs `no_object_weight`.
 
@@ -100,15 +102,20 @@ def loss_normalizers(batch: Mapping[str, Array], num_queries: int, config: LossC
         For each level ("image", "batch") the number of target masks and the sum of the classification weights.
     """
 
-    def level(count_m):
+    def level(count_m, counted_m):
         total = jnp.sum(count_m).astype(jnp.float32)
         matched = jnp.minimum(count_m, num_queries).astype(jnp.float32)
-        weights = jnp.sum(matched + config.no_object_weight * (num_queries - matched))
-        return {"masks": jnp.maximum(total, 1.0), "weights": weights}
+        weights = jnp.sum(counted_m * (matched + config.no_object_weight * (num_queries - matched)))
+        # By chance no image of a batch may count.
+        return {"masks": jnp.maximum(total, 1.0), "weights": jnp.where(weights > 0, weights, 1.0)}
 
+    counted = batch.get("counted", jnp.ones(len(batch["present"]), bool))
     valid = batch["valid"] & batch["present"][..., None]
     # At the batch level an entity counts once, although its masks in all views enter the loss.
-    return {"image": level(jnp.sum(valid, axis=1).reshape(-1)), "batch": level(jnp.sum(batch["present"], axis=1))}
+    return {
+        "image": level(jnp.sum(valid, axis=1).reshape(-1), jnp.repeat(counted, valid.shape[2])),
+        "batch": level(jnp.sum(batch["present"], axis=1), counted),
+    }
 
 
 @jax.tree_util.register_dataclass
@@ -134,7 +141,7 @@ def cropformer_loss(
     Args:
         output: a `CropFormerOutput` with all predictions.
         batch: targets: `masks` uint8 (B, N, T, H, W/8) packed bits, `labels` int (B, N), `present` bool (B, N),
-            `valid` bool (B, N, T).
+            `valid` bool (B, N, T). An image that is not `counted`, bool (B,), must have no target; it costs nothing.
         keys: one PRNG key per image, (B,); draws the points.
         config: weights.
         normalizers: divisors from `loss_normalizers`; by default those of this batch.
@@ -160,7 +167,7 @@ def loss_and_assignment(
     """`cropformer_loss`, and the final assignment: of the batch level, or the image level where there is no other."""
     if normalizers is None:
         normalizers = loss_normalizers(batch, output.image.logits.shape[2], config)
-    views, num_images = batch["valid"].shape[2], len(batch["present"])
+    views, num_images, counted = batch["valid"].shape[2], len(batch["present"]), batch.get("counted")
     features, masks = output.mask_features, batch["masks"]
     if config.shared_points:
         features, masks = _sample_shared(features, masks, keys, config)
@@ -175,12 +182,13 @@ def loss_and_assignment(
         masks=per_view(masks)[:, :, None],
         labels=jnp.repeat(batch["labels"], views, axis=0),
         present=per_view(batch["valid"] & batch["present"][..., None]),
+        counted=None if counted is None else jnp.repeat(counted, views),
     )
     levels = {"image": (output.image, image_level, view_keys[:, :-1].reshape(-1), "_2d", config.image_level_factor)}
     if output.batch is None:
         levels["image"] = (*levels["image"][:3], "", 1.0)
     else:
-        batch_level = Level(features, masks, batch["labels"], batch["present"])
+        batch_level = Level(features, masks, batch["labels"], batch["present"], counted)
         levels["batch"] = (output.batch, batch_level, view_keys[:, -1], "_3d", 1.0)
 
     terms = {}
@@ -262,19 +270,20 @@ def _terms(logits_mqk, mask_embed_mqc, level: Level, choice: _Choice, config, no
     dice = 1 - (2 * overlap + 1) / (total + 1)
     keep = choice.matched[..., None]
     return {
-        "ce": _classification(logits_mqk, level.labels, choice, config) / normalizers["weights"],
+        "ce": _classification(logits_mqk, level, choice, config) / normalizers["weights"],
         "mask": jnp.sum(jnp.where(keep, bce, 0.0)) / normalizers["masks"],
         "dice": jnp.sum(jnp.where(keep, dice, 0.0)) / normalizers["masks"],
     }
 
 
-def _classification(logits_mqk, labels_mn, choice: _Choice, config) -> Float[Array, ""]:
+def _classification(logits_mqk, level: Level, choice: _Choice, config) -> Float[Array, ""]:
     """Weighted sum of cross entropies: the label of the matched target, no-object for all other queries."""
     items, queries, classes = logits_mqk.shape
     slots = jnp.where(choice.matched, choice.query, queries)  # out of bounds, which is dropped
-    label = jnp.full((items, queries), classes - 1).at[jnp.arange(items)[:, None], slots].set(labels_mn, mode="drop")
+    label = jnp.full((items, queries), classes - 1).at[jnp.arange(items)[:, None], slots].set(level.labels, mode="drop")
     negative = -jnp.take_along_axis(jax.nn.log_softmax(logits_mqk), label[..., None], axis=-1)[..., 0]
-    return jnp.sum(negative * jnp.where(label == classes - 1, config.no_object_weight, 1.0))
+    weight = jnp.where(label == classes - 1, config.no_object_weight, 1.0)
+    return jnp.sum(negative * (weight if level.counted is None else weight * level.counted[:, None]))
 
 
 def _select_per_mask(logits_mqk, mask_embed_mqc, level: Level, points: Points, config) -> _Choice:

@@ -70,7 +70,8 @@ class GroundingTask:
     def inputs(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Everything for the tasks with phrases; a description trains the language model alone (section 5.3)."""
         unused = {"map_size", "task"}
-        if "task" in batch and int(batch["task"][0]) == DESCRIPTION:
+        mixed = "reconstruct" in batch  # every sample has a task of its own, so the program is the same for all
+        if "task" in batch and not mixed and int(batch["task"][0]) == DESCRIPTION:
             unused |= {"label_map", "links", "linked", "seg_pos", "seg_valid"}
         return {name: value for name, value in batch.items() if name not in unused}
 
@@ -78,9 +79,7 @@ class GroundingTask:
         """Numbers of entities, of nouns with a link and of answer tokens over the batch."""
         out = {}
         if "label_map" in batch:
-            present = self._targets(batch)["present"]
-            out |= loss_normalizers({"present": present, "valid": present[..., None]}, self.num_queries,
-                                    self.config.reconstruction)  # fmt: skip
+            out |= loss_normalizers(self._targets(batch), self.num_queries, self.config.reconstruction)
         if "ids" in batch:
             out["tokens"] = jnp.sum(batch["answer"][:, 1:]).astype(jnp.float32)
             if "links" in batch:
@@ -120,11 +119,16 @@ class GroundingTask:
     def _targets(self, batch: Batch) -> dict[str, jax.Array]:
         """Reconstruction targets: the entities painted into the label maps."""
         masks, present = pack_labels(batch["label_map"], self.num_queries)
+        mixed = {}
+        if "reconstruct" in batch:
+            mixed = {"counted": batch["reconstruct"]}
+            present &= batch["reconstruct"][:, None]
         return {
             "masks": masks[:, :, None],
             "labels": jnp.zeros(present.shape, jnp.int32),
             "present": present,
             "valid": present[..., None],
+            **mixed,
         }
 
     def _vision(self, model: Gella, batch: Batch, keys: jax.Array, normalizers: Any) -> tuple:
@@ -135,7 +139,7 @@ class GroundingTask:
         """
         mesh = jax.sharding.get_abstract_mesh()
         graph, state = nnx.split(model.visual)
-        images = {name: batch[name] for name in ("image", "image_size", "label_map") if name in batch}
+        images = {name: batch[name] for name in ("image", "image_size", "label_map", "reconstruct") if name in batch}
 
         def local(state, images, keys, normalizers):
             branch = nnx.merge(graph, state)

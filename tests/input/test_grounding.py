@@ -337,6 +337,7 @@ def test_excluded_images(root, tmp_path):
         ({"ratios": (0.5, 0.5)}, "data.ratios needs one value for each"),
         ({"ratios": (0, 0, 0)}, "data.ratios are (0, 0, 0)"),
         ({"map_size": 100}, "data.map_size is 100"),
+        ({"sampling": "per_epoch"}, "data.sampling is 'per_epoch'; choose per_step or per_sample"),
         ({"sources": {"a": {"kaptions": "x"}}}, "data.sources.a"),
         ({"sources": {"a": {"tasks": ("sleep",)}}}, "unknown task 'sleep'"),
     ],
@@ -352,3 +353,33 @@ def test_no_source_for_a_task(root):
         train_dataset(config(root, sources=source), ByteTokenizer())
     with pytest.raises(ValueError, match="does not divide among 3 hosts"):
         train_dataset(config(root), ByteTokenizer(), 0, 3)
+
+
+def test_tasks_per_sample(root):
+    """Every sample has its own task, in the same ratios, and all have the same arrays, on any number of hosts."""
+    made = config(root, sampling="per_sample", batch_size=4, ratios=(0.2, 0.3, 0.5))
+    whole = train_dataset(made, ByteTokenizer())
+    batches = [whole[step] for step in range(25)]
+    tasks = np.stack([batch["task"] for batch in batches])
+    assert np.bincount(tasks.ravel()).tolist() == [20, 30, 50]
+    schedule = TaskSchedule(made.ratios, made.seed)
+    assert tasks.ravel().tolist() == [schedule[sample][0] for sample in range(100)]
+    for batch in batches:
+        assert batch["ids"].shape == (4, 512)
+        np.testing.assert_array_equal(batch["reconstruct"], batch["task"] != 0)
+        np.testing.assert_array_equal(batch["linked"].any(1), batch["task"] == 2)
+        np.testing.assert_array_equal(batch["seg_valid"].any(1), batch["task"] != 0)
+        assert batch["answer"].any(1).all()
+    hosts = [train_dataset(made, ByteTokenizer(), k, 2) for k in (0, 1)]
+    for step in range(3):
+        for name, array in batches[step].items():
+            together = np.stack([host[step][name] for host in hosts], 1).reshape(array.shape)
+            np.testing.assert_array_equal(together, array, err_msg=name)
+
+
+def test_the_nearest_resize_makes_no_new_label():
+    labels = np.random.default_rng(0).choice([0, 3, 40, 250], (37, 53)).astype(np.int16)
+    for side in (32, 64, 256):
+        resized, size = square_labels(labels, side)
+        assert set(np.unique(resized)) <= {0, 3, 40, 250} and resized[: size[0], : size[1]].any()
+        assert not resized[size[0] :].any() and not resized[:, size[1] :].any()
