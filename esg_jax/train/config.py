@@ -51,7 +51,7 @@ class RunConfig:
     precision: "bfloat16" computes in bfloat16 with float32 weights and float32 islands; "float32" for parity.
     remat: recompute blocks in the backward pass: about a third more time, a fraction of the memory.
     accumulate: micro-batches per step.
-    ema_decay: of average weights, or None.
+    ema_decay: of average weights, which are then evaluated and exported; None keeps none.
     keep: checkpoints kept.
     init_from: what the run starts from: the workdir of another run, a model.safetensors, or a PyTorch checkpoint.
     init_optional: pattern of weights that `init_from` may lack; they start at random. By default the association
@@ -62,7 +62,8 @@ class RunConfig:
     tokenizer: GELLA's: a file or folder for `esg_jax.text.tokenizers.open_tokenizer`, or "smollm2".
     frozen: pattern of weights that are not trained.
     frozen_precision: "float32" or "bfloat16", in which frozen weights are stored.
-    tensorboard: write TensorBoard files too.
+    tensorboard: write TensorBoard files too; needs the extra `log`.
+    wandb: Weights & Biases project to log to, too; needs the extra `log`.
     """
 
     model: CropFormerConfig | GellaConfig
@@ -85,6 +86,7 @@ class RunConfig:
     frozen: str = ""
     frozen_precision: str = "float32"
     tensorboard: bool = False
+    wandb: str = ""
 
     def __post_init__(self):
         for name in ("precision", "frozen_precision"):
@@ -132,6 +134,7 @@ class RunConfig:
             "map_size": model.colormap.size,
             "max_entities": model.num_queries,
             "num_image_tokens": model.grid**2,
+            "pad_position": model.pad_position,
         }
         for name, value in wanted.items():
             if getattr(data, name, value) != value:

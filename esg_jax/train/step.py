@@ -16,11 +16,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from esg_jax.train import sharding
+from esg_jax.train.flops import count_flops
 from esg_jax.train.optim import OptimConfig, clip_by_norm, learning_rate_multipliers, make_optimizer, make_schedule
 from esg_jax.train.state import Arrays, ModelDef, TrainState, create_state
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
+
+# Entry of a loss's terms: statistics of this batch for constants of the model (batch normalisation), by name.
+STATISTICS = "statistics"
+# Of the running statistics; 0.1 in PyTorch's terms.
+_MOMENTUM = 0.9
 
 
 class Task(Protocol):
@@ -44,7 +50,9 @@ class Task(Protocol):
     def loss(self, model: nnx.Module, batch: Batch, keys: jax.Array, normalizers: Any) -> tuple[jax.Array, Metrics]:
         """Scalar loss and its named terms for some of the images, one random key each.
 
-        Must be a plain sum over images: summed over devices and micro-batches it is the loss of the whole batch.
+        Must be a plain sum over images: summed over devices and micro-batches it is the loss of the whole batch. A
+        task with `whole_batch` may add batch statistics under `STATISTICS`, for which the step keeps running averages
+        (with micro-batches, of their mean); then the loss of an image depends on the others.
         It runs inside `jax.set_mesh`.
         """
         ...
@@ -67,6 +75,10 @@ class StepConfig:
     def __post_init__(self):
         if self.accumulate < 1:
             raise ValueError(f"accumulate must be at least 1, got {self.accumulate}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(
+                f"ema_decay is {self.ema_decay}; choose a number from 0 to below 1, or None for no averages"
+            )
 
 
 class TrainStep:
@@ -101,6 +113,7 @@ class TrainStep:
             lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, self.shardings
         )
         self._compiled = jax.jit(self._run, donate_argnums=0, out_shardings=(self.shardings, NamedSharding(mesh, P())))
+        self._flops: dict[Any, float] = {}
 
     def _create(self) -> TrainState:
         params, constants = self.model.init()
@@ -141,6 +154,14 @@ class TrainStep:
         with jax.set_mesh(self.mesh):
             return self._compiled(state, batch)
 
+    def flops(self, state: TrainState, batch: Batch) -> float:
+        """Operations of one step over all devices, see `count_flops`; free once a batch of these shapes has run."""
+        shapes = tuple(sorted((name, value.shape) for name, value in batch.items()))
+        if shapes not in self._flops:
+            with jax.set_mesh(self.mesh):
+                self._flops[shapes] = count_flops(self._compiled.trace(state, batch).jaxpr)
+        return self._flops[shapes]
+
     def lower(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Lowered:
         """Lowers for ahead-of-time compilation, e.g. for a TPU topology without a TPU."""
         place = NamedSharding(self.mesh, sharding.BATCH_SPEC)
@@ -151,6 +172,7 @@ class TrainStep:
     def _run(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
         (loss, terms), grads = self._gradients(state, batch, key)
+        terms, statistics = self._take_statistics(state, terms)
         # Gradients leave in the layout of their parameters, so the sum over devices can be a reduce-scatter.
         grads = {
             name: jax.lax.with_sharding_constraint(grad, self.shardings.params[name]) for name, grad in grads.items()
@@ -166,15 +188,23 @@ class TrainStep:
 
         # A non-finite step changes nothing but the step counter, so the next batch and key are drawn.
         good = jnp.isfinite(loss) & jnp.isfinite(norm)
-        params, opt_state, ema = jax.tree.map(
+        params, opt_state, ema, statistics = jax.tree.map(
             lambda new, old: jnp.where(good, new, old),
-            (params, opt_state, ema),
-            (state.params, state.opt_state, state.ema),
+            (params, opt_state, ema, statistics),
+            (state.params, state.opt_state, state.ema, {name: state.constants[name] for name in statistics}),
         )
         bad_steps = jnp.where(good, 0, state.bad_steps + 1)
         metrics = {**terms, "loss": loss, "grad_norm": norm, "learning_rate": rate, "bad_steps": bad_steps}
-        new = TrainState(state.step + 1, params, state.constants, opt_state, ema, bad_steps)
+        constants = {**state.constants, **statistics}
+        new = TrainState(state.step + 1, params, constants, opt_state, ema, bad_steps)
         return new, metrics
+
+    def _take_statistics(self, state: TrainState, terms: Metrics) -> tuple[Metrics, Arrays]:
+        """The terms without the statistics, and the running statistics after this batch."""
+        batch = terms.get(STATISTICS, {})
+        share = (1 - _MOMENTUM) / self.config.accumulate  # micro-batches were added up
+        running = {name: _MOMENTUM * state.constants[name] + share * value for name, value in batch.items()}
+        return {name: value for name, value in terms.items() if name != STATISTICS}, running
 
     def _gradients(self, state: TrainState, batch: Batch, key: jax.Array):
         """Loss, terms and gradients of the whole batch, one micro-batch at a time."""

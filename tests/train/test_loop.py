@@ -21,7 +21,7 @@ class Crash(Exception):
     """Stands for a killed process: nothing after it runs."""
 
 
-def train(workdir, step, *, crash_at=None, loop=LOOP, spoil=(), hooks=(), config=CONFIG, at_step=None):
+def train(workdir, step, *, crash_at=None, loop=LOOP, spoil=(), config=CONFIG, at_step=None, **options):
     """Starts or resumes a run; returns its last state."""
     checkpointer = Checkpointer(workdir, config=config, keep=2)
     batches = toy.toy_batches()
@@ -33,7 +33,7 @@ def train(workdir, step, *, crash_at=None, loop=LOOP, spoil=(), hooks=(), config
     start = int(state.step)
     source = _Spoiled(batches, start, spoil, crash_at, at_step)
     try:
-        return fit(state, step, source, loop, writer=writer, checkpointer=_Unwrap(checkpointer, source), hooks=hooks)
+        return fit(state, step, source, loop, writer=writer, checkpointer=_Unwrap(checkpointer, source), **options)
     finally:
         writer.close()
         checkpointer.close()
@@ -204,6 +204,64 @@ def test_hooks_run_on_their_steps_and_at_the_end(toy_step, tmp_path):
     hook = Hook(5, lambda state: seen.append(int(state.step)))
     train(tmp_path, toy_step, hooks=[hook])
     assert seen == [5, 10, 12]
+
+
+@pytest.mark.parametrize("crash_at", [None, 7])
+def test_hooks_that_look_at_the_weights_change_nothing(toy_step, whole, tmp_path, crash_at):
+    def look(state):
+        weights = state.weights(average=True)
+        toy_step.model.merge(weights, weights)
+        assert jax.jit(lambda x: jax.random.normal(jax.random.key(0), x.shape) @ x.T)(weights["mlp.0.kernel"]).size
+
+    if crash_at:
+        with pytest.raises(Crash):
+            train(tmp_path, toy_step, hooks=[Hook(3, look)], crash_at=crash_at)
+    equal(train(tmp_path, toy_step, hooks=[Hook(3, look)]), whole[1])
+    assert losses(tmp_path) == losses(whole[0])
+
+
+def test_interrupted_run_does_not_wait_for_hooks(toy_step, tmp_path):
+    seen = []
+    hooks = [Hook(1, lambda state: seen.append(int(state.step)))]
+    train(tmp_path, toy_step, hooks=hooks, at_step={3: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    train(tmp_path, toy_step, hooks=hooks, loop=LoopConfig(total_steps=12, max_minutes=1e-9))
+    assert seen == [1, 2]
+    assert int(train(tmp_path, toy_step, hooks=hooks, loop=LoopConfig(total_steps=5, max_minutes=1e-9)).step) == 5
+    assert seen == [1, 2, 5]
+
+
+def test_rates_are_logged(toy_step, whole):
+    lines = [json.loads(line) for line in (whole[0] / "metrics.jsonl").read_text().splitlines()]
+    rates = {"steps_per_s", "images_per_s", "images_per_s_per_chip", "tflops_per_s_per_chip", "eta_s"}
+    assert rates <= set(lines[1]) and "mfu" not in lines[1]
+
+
+@pytest.mark.parametrize(("window", "total"), [((2, 2), 4), ((3, 9), 4)], ids=["inside", "cut short"])
+def test_profile_of_some_steps(toy_step, tmp_path, window, total):
+    loop = LoopConfig(total_steps=total, profile_steps=window)
+    train(tmp_path, toy_step, loop=loop, profile_dir=tmp_path / "profile")
+    assert len(list(tmp_path.glob("profile/**/*.xplane.pb"))) == 1
+
+
+def test_profile_needs_a_folder_and_steps_to_come(toy_step, whole, tmp_path, caplog):
+    with pytest.raises(ValueError, match="no folder is given"):
+        train(tmp_path, toy_step, loop=LoopConfig(total_steps=4, profile_steps=(2, 2)))
+    train(whole[0], toy_step, loop=LoopConfig(total_steps=12, profile_steps=(2, 2)), profile_dir=tmp_path / "profile")
+    assert "nothing is profiled" in caplog.text and not (tmp_path / "profile").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"log_every": 0}, "loop.log_every is 0; it must be at least 1"),
+        ({"eval_every": -1}, "loop.eval_every is -1"),
+        ({"profile_steps": (3,)}, "give first step and number of steps"),
+        ({"profile_steps": (0, 2)}, "give first step and number of steps"),
+    ],
+)
+def test_impossible_cadence_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LoopConfig(total_steps=1, **options)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (720, "12 min"), (11_100, "3 h 05 min")])
