@@ -1,9 +1,10 @@
 """What the configs share."""
 
 import dataclasses
+import typing
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from esg_jax.input.pipeline import DataConfig
 from esg_jax.models.cropformer import CropFormerConfig
@@ -52,7 +53,19 @@ def scenes(folder: str) -> dict[str, Any]:
 
 def as_config(run: RunConfig) -> ConfigDict:
     """The form that `--config.x.y=z` overrides; unknown names are refused."""
-    return ConfigDict(run.as_dict())
+    return ConfigDict(_with_optional(run, run.as_dict()))
+
+
+def _with_optional(config: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Lets fields that may be None be overridden by None and from None; a plain field keeps the type of its value."""
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, member = field.name, getattr(config, field.name)
+        if dataclasses.is_dataclass(member):
+            values[name] = ConfigDict(_with_optional(member, values[name]))
+        if type(None) in typing.get_args(hints[name]):
+            values[name] = FieldReference(values[name], field_type=object)
+    return values
 
 
 def crop_data(sources: dict[str, Any] = ENTITYSEG, **changes) -> DataConfig:

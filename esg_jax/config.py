@@ -34,7 +34,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "config") -> 
         path: prefix for error messages.
 
     Raises:
-        ValueError: an unknown key, or a ``type`` that does not fit, named with its full path.
+        ValueError: an unknown key, a ``type`` that does not fit, or a value that an optional field does not take; named
+            with its full path.
     """
     hints = typing.get_type_hints(cls)
     names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -62,7 +63,21 @@ def _read_field(hint: Any, value: Any, path: str) -> Any:
         return from_dict(by_name[name], value, path)
     if isinstance(value, list):
         return tuple(value)  # JSON and ConfigDict have no tuples; frozen configs hold nothing mutable
+    _check_optional(hint, value, path)
     return value
+
+
+def _check_optional(hint: Any, value: Any, path: str) -> None:
+    """Refuses a value of another type in a field that may be None: there the command line takes anything."""
+    options = typing.get_args(hint)
+    if type(None) not in options or not all(isinstance(option, type) for option in options):
+        return
+    members = _dataclass_members(hint)
+    plain = [option for option in options if option not in members]
+    fits = isinstance(value, (*plain, int) if float in plain else tuple(plain))
+    if not fits or (isinstance(value, bool) and bool not in plain):
+        names = " or ".join("None" if option is type(None) else option.__name__ for option in options)
+        raise ValueError(f"{path} is {value!r}; expected {names}")
 
 
 def _dataclass_members(hint: Any) -> list[type]:

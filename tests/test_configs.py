@@ -4,8 +4,12 @@ import importlib
 from pathlib import Path
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
+from esg_jax.models.lora import LoraConfig
 from esg_jax.train.config import RunConfig
+from esg_jax.train.step import StepConfig
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 PLAIN = ("cropformer_r50", "cropformer_swin_l", "cropformer_swin_t", "demo", "entity_mini", "quickstart", "tiny")
@@ -121,3 +125,58 @@ def test_contradictions_are_refused(changes, message):
     merge(values, changes)
     with pytest.raises(ValueError, match=message):
         RunConfig.from_dict(values)
+
+
+def from_command_line(*arguments):
+    """The run that `train.py` would make of these flags."""
+    values = flags.FlagValues()
+    argv = ["train.py", *arguments]
+    config = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv, lock_config=True)
+    values(argv)
+    return RunConfig.from_dict(config.value.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("config", "override", "value"),
+    [
+        ("tiny", "ema_decay=0.99", 0.99),
+        ("tiny", "ema_decay=0", 0),
+        ("demo", "ema_decay=None", None),
+        ("tiny", "model.association.num_heads=4", 4),
+        ("gella_quickstart", "model.lora={'rank': 4}", LoraConfig(rank=4)),
+        ("tiny", "loop.profile_steps=(10, 3)", (10, 3)),
+        ("tiny", "loop.eval_every=100", 100),
+        ("tiny", "wandb=project", "project"),
+    ],
+)
+def test_overrides(config, override, value):
+    """Also fields that are None by default, which have no type of their own."""
+    run = from_command_line(f"--config={FOLDER}/{config}.py", f"--config.{override}")
+    for name in override.split("=")[0].split("."):
+        run = getattr(run, name)
+    assert run == value
+
+
+def test_module_is_switched_off_on_the_command_line():
+    options = ("--config.model.association=None", "--config.data.mapper=entity_full")
+    assert from_command_line(f"--config={FOLDER}/tiny.py", *options).model.association is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ema_decay=soon", "config.ema_decay is 'soon'; expected float or None"),
+        ("ema_decay=True", "config.ema_decay is True; expected float or None"),
+        ("model.association=3", "config.model.association is 3; expected AssociationConfig or None"),
+        ("model.association={'heads': 3}", "unknown key config.model.association.heads"),
+        ("loop.log_every=0", "loop.log_every is 0"),
+    ],
+)
+def test_overrides_of_another_type_are_refused(override, message):
+    with pytest.raises(ValueError, match=message):
+        from_command_line(f"--config={FOLDER}/tiny.py", f"--config.{override}")
+
+
+def test_impossible_decay_is_refused():
+    with pytest.raises(ValueError, match="ema_decay is 1.5; choose a number from 0 to below 1, or None"):
+        StepConfig(ema_decay=1.5)
