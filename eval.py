@@ -8,11 +8,14 @@ First every image is predicted and written to files in the official formats, the
 several hosts are those of one. Writes results.json, a table, and grid.png with predictions beside the ground truth.
 """
 
+import dataclasses
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,71 +39,74 @@ from esg_jax.input.readers import SourceConfig, open_source
 from esg_jax.models.gella import Gella
 from esg_jax.viz import GridRow, prediction_grid
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), see configs/recipes.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Weights (.safetensors).")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run: its model.safetensors is evaluated.")
-_PREDICTIONS = flags.DEFINE_list("predictions", None, "Saved predictions to score again, without a model.")
-_OUT = flags.DEFINE_string("out", None, "Folder for predictions and results (default: WORKDIR/eval).")
-_VIEWS = flags.DEFINE_enum("views", None, ["1", "5"], "Whole image (1), or also its four corner crops (5).")
-_WORKERS = flags.DEFINE_integer("workers", 1, "Processes that score.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of the network.")
-_MULTIHOST = flags.DEFINE_bool("multihost", False, "Connect to the other hosts first; --out must be a shared folder.")
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    """Only when this is the program: train.py imports `predict` and `score`, and has flags of its own."""
+    config_flags.DEFINE_config_file("config", None, "File with get_config(), see configs/recipes.")
+    flags.DEFINE_string("checkpoint", None, "Weights (.safetensors).")
+    flags.DEFINE_string("workdir", None, "Folder of a training run: its model.safetensors is evaluated.")
+    flags.DEFINE_list("predictions", None, "Saved predictions to score again, without a model.")
+    flags.DEFINE_string("out", None, "Folder for predictions and results (default: WORKDIR/eval).")
+    flags.DEFINE_enum("views", None, ["1", "5"], "Whole image (1), or also its four corner crops (5).")
+    flags.DEFINE_integer("workers", 1, "Processes that score.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of the network.")
+    flags.DEFINE_bool("multihost", False, "Connect to the other hosts first; --out must be a shared folder.")
+    flags.mark_flag_as_required("config")
 
 
 def main(_):
     try:
-        run(from_dict(EvalConfig, _CONFIG.value.to_dict()))
+        run(from_dict(EvalConfig, FLAGS.config.to_dict()))
     except (ValueError, FileNotFoundError) as error:
         logging.debug("traceback", exc_info=True)
         sys.exit(f"error: {error}")
 
 
 def run(config: EvalConfig) -> None:
-    """Predicts unless predictions are given, then scores."""
-    if _OUT.value is None and _WORKDIR.value is None:
+    """What the flags say: predicts unless predictions are given, scores, prints."""
+    if FLAGS.out is None and FLAGS.workdir is None:
         raise EvaluationError("say where to write: --out FOLDER")
-    out = Path(_OUT.value or Path(_WORKDIR.value) / "eval")
-    out.mkdir(parents=True, exist_ok=True)
-    if _PREDICTIONS.value:
-        files = [Path(name) for name in _PREDICTIONS.value]
+    out = Path(FLAGS.out or Path(FLAGS.workdir) / "eval")
+    if FLAGS.predictions:
+        files = [Path(name) for name in FLAGS.predictions]
     else:
-        if _MULTIHOST.value:
+        if FLAGS.multihost:
             jax.distributed.initialize()
-        files = predict(config, checkpoint(), out)
+        if FLAGS.views:
+            config = dataclasses.replace(config, views=int(FLAGS.views))
+        files = predict(config, checkpoint(), out, FLAGS.dtype)
         if jax.process_index():
             return
-    scores = evaluation.score(config, files, workers=_WORKERS.value)
-    about = {"config": to_dict(config), "predictions": [str(file) for file in files]}
-    report.write_json({**about, **scores}, out / "results.json")
+    scores = score(config, files, out, workers=FLAGS.workers)
     print_scores(config, scores)
     if config.grid_images:
-        drawings = evaluation.drawings(config, files)
-        rows = (GridRow(load_image(path), predicted, target, title) for title, path, predicted, target in drawings)
-        Image.fromarray(prediction_grid(rows)).save(out / "grid.png")
         print(f"predictions beside the ground truth: {out / 'grid.png'}")
     print(f"all numbers: {out / 'results.json'}")
 
 
 def checkpoint() -> Path:
     """The weights to evaluate."""
-    if _CHECKPOINT.value:
-        return Path(_CHECKPOINT.value)
-    if _WORKDIR.value is None:
+    if FLAGS.checkpoint:
+        return Path(FLAGS.checkpoint)
+    if FLAGS.workdir is None:
         raise EvaluationError("give --checkpoint FILE, --workdir FOLDER, or --predictions FILES to score again")
-    path = Path(_WORKDIR.value) / "model.safetensors"
+    path = Path(FLAGS.workdir) / "model.safetensors"
     if not path.is_file():
-        raise EvaluationError(f"{path} does not exist yet; train.py writes it whenever it stops")
+        raise EvaluationError(f"{path} does not exist yet; train.py writes it whenever it evaluates or stops")
     return path
 
 
-def predict(config: EvalConfig, weights: Path, out: Path) -> list[Path]:
+def predict(config: EvalConfig, weights: Path, out: Path, dtype: str = "float32") -> list[Path]:
     """Predictions of this process's share of the images, and the files that all processes write."""
+    out.mkdir(parents=True, exist_ok=True)
     images = evaluation.images_of(config)[jax.process_index() :: jax.process_count()]
     files = [out / f"predictions{f'.{i}' if i else ''}.json" for i in range(jax.process_count())]
     if config.task == "reconstruction":
         label, records = "reconstruction", partial(write_reconstructions, config, weights)
     else:
-        label, records = segmentation(config, weights, images, out)
+        label, records = segmentation(config, weights, images, out, dtype)
     with progress(label, len(images)) as advance:
         files[jax.process_index()].write_text(json.dumps(records(advance)))
     if jax.process_count() > 1:
@@ -110,16 +116,29 @@ def predict(config: EvalConfig, weights: Path, out: Path) -> list[Path]:
     return files
 
 
-def segmentation(config: EvalConfig, weights: Path, images, out: Path):
+def score(config: EvalConfig, files: Sequence[Path], out: Path, *, workers: int = 1) -> dict[str, Any]:
+    """Scores of saved predictions, written to results.json; grid.png shows some beside the ground truth."""
+    out.mkdir(parents=True, exist_ok=True)
+    scores = evaluation.score(config, files, workers=workers)
+    about = {"config": to_dict(config), "predictions": [str(file) for file in files]}
+    report.write_json({**about, **scores}, out / "results.json")
+    if config.grid_images:
+        drawings = evaluation.drawings(config, files)
+        rows = (GridRow(load_image(path), predicted, target, title) for title, path, predicted, target in drawings)
+        Image.fromarray(prediction_grid(rows)).save(out / "grid.png")
+    return scores
+
+
+def segmentation(config: EvalConfig, weights: Path, images, out: Path, dtype: str):
     """What the progress bar says, and the function that predicts all images."""
-    views = int(_VIEWS.value) if _VIEWS.value else config.views
     predictor = Predictor.from_checkpoint(
         weights,
-        dtype=_DTYPE.value,
-        views=(views or None) if config.task == "entity" else 1,
+        dtype=dtype,
+        views=(config.views or None) if config.task == "entity" else 1,
         min_size=config.min_size or None,
         max_size=config.max_size or None,
         score_mode=config.score_mode,
+        devices=jax.local_devices()[:1],
     )
     write = {"entity": write_entities, "instance": write_instances, "panoptic": write_panoptic, "semantic": write_maps}
     label = f"{config.task}, {predictor.views} view{'s' if predictor.views > 1 else ''}"
@@ -224,5 +243,5 @@ def print_scores(config: EvalConfig, scores: dict) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config"])
+    define_flags()
     app.run(main)

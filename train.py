@@ -2,9 +2,12 @@
 
     python train.py --config=configs/tiny.py --workdir=/tmp/tiny
     python train.py --config=configs/cropformer_swin_t.py --workdir=runs/swin_t --config.data.batch_size=8
+    python train.py --config=configs/entity_mini.py --workdir=runs/entity_mini \\
+        --eval=configs/recipes/entity_mini.py --config.loop.eval_every=200
 
-Every field of a config can be overridden with --config.NAME=VALUE. Run the same command again to go on after an
-interruption: the run continues exactly where its last checkpoint left it. Ctrl-C or SIGTERM saves first.
+Every field of a config can be overridden with --config.NAME=VALUE, and of an evaluation recipe with --eval.NAME=VALUE.
+Run the same command again to go on after an interruption: the run continues exactly where its last checkpoint left it.
+Ctrl-C or SIGTERM saves first.
 """
 
 import importlib.util
@@ -12,6 +15,8 @@ import logging
 import os
 import re
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,11 @@ from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
+import eval as evaluation
+from esg_jax.config import from_dict
+from esg_jax.evaluation.config import EvalConfig
+from esg_jax.evaluation.report import format_value
+from esg_jax.evaluation.run import COLUMNS, images_of
 from esg_jax.input import grounding, pipeline
 from esg_jax.interop.convert import to_ours
 from esg_jax.interop.formats import detect
@@ -31,11 +41,16 @@ from esg_jax.text.tokenizers import open_tokenizer
 from esg_jax.train.checkpoint import Checkpointer
 from esg_jax.train.config import RunConfig
 from esg_jax.train.initial import fit_weights, read_weights
-from esg_jax.train.logging import MetricWriter
-from esg_jax.train.loop import NonFiniteLossError, fit
+from esg_jax.train.logging import MetricWriter, duration
+from esg_jax.train.loop import Hook, NonFiniteLossError, fit
+from esg_jax.train.state import TrainState
+from esg_jax.train.step import TrainStep
 from esg_jax.weights import named_arrays, read_info, save_weights
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), see configs/.", lock_config=True)
+_EVAL = config_flags.DEFINE_config_file(
+    "eval", None, "Recipe of configs/recipes: what is evaluated every config.loop.eval_every steps.", lock_config=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics.jsonl, model.safetensors.")
 _MULTIHOST = flags.DEFINE_bool("multihost", False, "Connect to the other hosts of a pod or cluster before anything.")
 
@@ -48,15 +63,18 @@ def main(_):
     start_logging()
     use_compilation_cache()
     try:
-        run(RunConfig.from_dict(_CONFIG.value.to_dict()), Path(_WORKDIR.value))
-    except (ValueError, FileNotFoundError, NonFiniteLossError) as error:
-        # Configuration, data or divergence: the message says what to do, a traceback would bury it.
+        recipe = from_dict(EvalConfig, _EVAL.value.to_dict(), "eval") if _EVAL.value is not None else None
+        run(RunConfig.from_dict(_CONFIG.value.to_dict()), Path(_WORKDIR.value), recipe)
+    except (ValueError, FileNotFoundError, ImportError, NonFiniteLossError) as error:
+        # Configuration, data, missing package or divergence: the message says what to do, a traceback would bury it.
         log.debug("traceback", exc_info=True)
         sys.exit(f"error: {error}")
 
 
-def run(config: RunConfig, workdir: Path) -> None:
+def run(config: RunConfig, workdir: Path, recipe: EvalConfig | None = None) -> None:
     """One training run, or the rest of one."""
+    check_recipe(config, recipe)
+
     # Model and mesh. Nothing is allocated before the sharding of every array is known.
     step = config.train_step()
     count = sum(leaf.size for leaf in step.model.params.values())
@@ -66,9 +84,12 @@ def run(config: RunConfig, workdir: Path) -> None:
     batches = open_batches(config)
 
     # State: newest checkpoint > init_from > pretrained backbone > random (see checkpoint.py for why in this order).
+    writer = MetricWriter(workdir, tensorboard=config.tensorboard, wandb=config.wandb, config=config.as_dict())
     checkpointer = Checkpointer(workdir, config=config.as_dict(), keep=config.keep, complete=RunConfig.complete)
-    writer = MetricWriter(workdir, tensorboard=config.tensorboard)
     total = config.loop.total_steps
+    hooks = []
+    if recipe is not None:
+        hooks.append(Hook(config.loop.eval_every, partial(evaluate, config, recipe, step, workdir, writer)))
     try:
         if checkpointer.latest_step is not None:
             state = checkpointer.restore(step.abstract_state, batches)
@@ -78,25 +99,66 @@ def run(config: RunConfig, workdir: Path) -> None:
         if int(state.step) >= total:
             log.info("this run is finished (%d steps); raise --config.loop.total_steps to go on", int(state.step))
         else:
-            state = fit(state, step, batches, config.loop, writer=writer, checkpointer=checkpointer)
+            state = fit(
+                state,
+                step,
+                batches,
+                config.loop,
+                writer=writer,
+                checkpointer=checkpointer,
+                hooks=hooks,
+                profile_dir=workdir / "profile",
+            )
     finally:
         writer.close()
         checkpointer.close()
         batches.close()
 
-    # Weights for everyone else: `esg predict --checkpoint workdir/model.safetensors`.
+    done = int(state.step)
+    path = export(config, step, state, workdir)
+    log.info("step %d of %d; weights in %s", done, total, path)
+    if done < total:
+        log.info("stopped early; the same command goes on from here")
+
+
+def export(config: RunConfig, step: TrainStep, state: TrainState, workdir: Path) -> Path:
+    """Weights for everyone else, averaged if the run averages: `esg predict --checkpoint workdir/model.safetensors`."""
+    path = workdir / "model.safetensors"
     weights = state.weights(average=state.ema is not None)
     if jax.process_count() > 1:
         weights = multihost_utils.process_allgather(weights, tiled=True)
-    done = int(state.step)
     if jax.process_index() == 0:
         model = step.model.merge(weights, weights)
         left_out = unchanged(config, step.model.params)
-        info = {"steps": done, "config": config.as_dict(), **inference_info(config, bool(left_out))}
-        save_weights(workdir / "model.safetensors", model, info, leave_out=left_out)
-        log.info("step %d of %d; weights in %s", done, total, workdir / "model.safetensors")
-    if done < total:
-        log.info("stopped early; the same command goes on from here")
+        info = {"steps": int(state.step), "config": config.as_dict(), **inference_info(config, bool(left_out))}
+        save_weights(path, model, info, leave_out=left_out)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("weights written")
+    return path
+
+
+def check_recipe(config: RunConfig, recipe: EvalConfig | None) -> None:
+    """Finds now what would otherwise fail at the first evaluation, hours later."""
+    if (recipe is None) != (config.loop.eval_every == 0):
+        raise ValueError("to evaluate while training give both --eval=RECIPE.py and --config.loop.eval_every=STEPS")
+    if recipe is not None:
+        missing = [path for _, path in images_of(recipe) if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{len(missing)} images of {recipe.annotations} are missing, such as {missing[0]}")
+
+
+def evaluate(
+    config: RunConfig, recipe: EvalConfig, step: TrainStep, workdir: Path, writer: MetricWriter, state: TrainState
+) -> None:
+    """What `eval.py --workdir` would print now, into the log of the run."""
+    weights, out, start = export(config, step, state, workdir), workdir / "eval", time.monotonic()
+    files = evaluation.predict(recipe, weights, out)
+    if jax.process_index() == 0:
+        scores = evaluation.score(recipe, files, out)["metrics"]
+        scores = {name: scores[name] for name in COLUMNS[recipe.task]}
+        writer.write(int(state.step), scores, prefix="eval/")
+        line = ", ".join(f"{name} {format_value(value)}" for name, value in scores.items())
+        log.info("evaluation at step %d: %s (%s)", int(state.step), line, duration(time.monotonic() - start))
 
 
 def initial_weights(config: RunConfig, shapes):
