@@ -2,6 +2,7 @@
 
     python eval.py --config=configs/recipes/entity_mini.py --workdir=runs/entity_mini --views=5
     python eval.py --config=configs/recipes/coco_panoptic.py --checkpoint=model.safetensors --out=runs/coco
+    python eval.py --config=configs/recipes/grounding_mini.py --workdir=runs/gella
     python eval.py --config=configs/recipes/entity_mini.py --predictions=runs/x/eval/predictions.json --out=runs/again
 
 First every image is predicted and written to files in the official formats, then the files are scored: the numbers of
@@ -27,7 +28,7 @@ from rich.table import Table
 
 import esg_jax
 from esg_jax.config import from_dict, to_dict
-from esg_jax.evaluation import formats, report, rle
+from esg_jax.evaluation import formats, grounding_predictions, report, rle
 from esg_jax.evaluation import run as evaluation
 from esg_jax.evaluation.config import EvalConfig
 from esg_jax.evaluation.driver import progress
@@ -105,6 +106,9 @@ def predict(config: EvalConfig, weights: Path, out: Path, dtype: str = "float32"
     files = [out / f"predictions{f'.{i}' if i else ''}.json" for i in range(jax.process_count())]
     if config.task == "reconstruction":
         label, records = "reconstruction", partial(write_reconstructions, config, weights)
+    elif grounding_predictions.needs_grounder(config, weights):
+        label = f"grounding, {config.task}"
+        records = partial(grounding_predictions.predict, config, weights, images, out, dtype)
     else:
         label, records = segmentation(config, weights, images, out, dtype)
     with progress(label, len(images)) as advance:
@@ -231,15 +235,16 @@ def write_maps(config, predictor, images, out, advance) -> list[str]:
 
 def print_scores(config: EvalConfig, scores: dict) -> None:
     """One row for the set and one for every group; fractions as percentages."""
-    columns = evaluation.COLUMNS[config.task]
-    table = Table(title=f"{config.task} segmentation, {Path(config.annotations).name}")
+    columns = evaluation.columns(config)
+    truth = Path(config.captions or config.annotations)
+    table = Table(title=f"{config.task}, {truth.name}")
     for name in ("", *columns):
         table.add_column(name, justify="right" if name else "left")
     rows = {"all": scores["metrics"], **scores.get("groups", {})}
     for name, result in rows.items():
         table.add_row(name, *(report.format_value(result[column]) for column in columns))
     Console(width=max(100, 12 * len(columns))).print(table)
-    print(report.markdown_row(Path(config.annotations).stem, scores["metrics"], columns))
+    print(report.markdown_row(truth.stem, scores["metrics"], columns))
 
 
 if __name__ == "__main__":

@@ -2,31 +2,32 @@
 
     python benchmarks/grounding_mini.py runs/gella/model.safetensors ../shared/realdata --split val
 
-Phrases are given (forced mode). Reported over phrases: AR (the mean IoU of chosen and true masks) and accuracy (share
-with IoU >= 0.5). Baselines: the largest mask of the image; and the masks whose category name shares a word with the
-phrase (the largest of them for a singular phrase, all for a plural one). The links of this data were themselves made
-by a list of words for every category, so the second baseline is close to the rule that made the answers: a ceiling for
-word matching, not a rival.
+The numbers of GELLA are those of `eval.py --config=configs/recipes/grounding_mini.py`: phrases are given, AR is the
+mean IoU of chosen and true masks over phrases, accuracy the share with IoU >= 0.5. Baselines: the largest mask of the
+image; and the masks whose category name shares a word with the phrase (the largest of them for a singular phrase, all
+for a plural one). The links of this data were themselves made by a list of words for every category, so the second
+baseline is close to the rule that made the answers: a ceiling for word matching, not a rival.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import esg_jax  # noqa: E402
-from esg_jax.inference.grounding import Grounder  # noqa: E402
-from esg_jax.inference.masks_in import disjoint_masks  # noqa: E402
-from esg_jax.input.grounding_readers import GroundingSourceConfig, open_narratives  # noqa: E402
-from esg_jax.input.mask_files import MaskSet  # noqa: E402
-from esg_jax.interop.gguf import packaged_smollm2  # noqa: E402
-from esg_jax.text.prompts import Prompts  # noqa: E402
-from esg_jax.text.tokenizers import open_tokenizer  # noqa: E402
-from esg_jax.weights import read_info  # noqa: E402
+from configs.recipes import grounding_mini  # noqa: E402
+from esg_jax.config import from_dict  # noqa: E402
+from esg_jax.evaluation import grounding_predictions, rle, run, text_sets  # noqa: E402
+from esg_jax.evaluation.config import EvalConfig  # noqa: E402
+from esg_jax.evaluation.driver import progress  # noqa: E402
+from esg_jax.evaluation.report import format_value  # noqa: E402
+
+COLUMNS = {"AR": "AR", "acc@0.5": "accuracy", "AR_Sing": "AR singular", "AR_Pl": "AR plural"}
 
 
 def main() -> None:
@@ -34,65 +35,49 @@ def main() -> None:
     parser.add_argument("weights", type=Path, help="GELLA from configs/gella_quickstart.py")
     parser.add_argument("data", type=Path, help="folder with grounding_mini/")
     parser.add_argument("--split", default="val", choices=["train", "val"])
-    parser.add_argument("--limit", type=int, default=0, help="only the first captions, for a quick look")
+    parser.add_argument("--limit", type=int, default=0, help="only the first images, for a quick look")
     arguments = parser.parse_args()
 
-    captions = arguments.data / "grounding_mini" / f"captions_{arguments.split}.json"
-    narratives = open_narratives(GroundingSourceConfig(captions=str(captions), images=str(arguments.data)))
-    categories = {a["id"]: a["category"] for a in json.loads(captions.read_text())["annotations"]}
-    grounder = open_grounder(arguments.weights)
-    results: dict[str, list[tuple[float, bool]]] = {}
-    rows = np.flatnonzero(narratives.num_linked > 0)
-    for row in rows[: arguments.limit or None]:
-        for method, found in ground(grounder, narratives[int(row)], categories).items():
-            results.setdefault(method, []).extend(found)
-    print(f"{arguments.split}: {len(results['GELLA'])} phrases, {len(rows[: arguments.limit or None])} captions")
-    print("| | AR | accuracy | AR singular | AR plural |\n|---|---|---|---|---|")
-    for method, found in results.items():
-        overlap, plural = (np.array(column) for column in zip(*found, strict=True))
-        parts = [overlap.mean(), (overlap >= 0.5).mean(), overlap[~plural].mean(), overlap[plural].mean()]
-        print(f"| {method} | " + " | ".join(f"{100 * value:.1f}" for value in parts) + " |")
+    config = from_dict(EvalConfig, grounding_mini.get_config(str(arguments.data)).to_dict())
+    captions = config.captions.replace("_val", f"_{arguments.split}")
+    config = dataclasses.replace(config, captions=captions, max_images=arguments.limit, plural_by="flag")
+    images = run.images_of(config)
+    with tempfile.TemporaryDirectory() as folder, progress("GELLA", len(images)) as advance:
+        found = grounding_predictions.predict(config, arguments.weights, images, Path(folder), "float32", advance)
+        methods = {"GELLA": found, **baselines(config)}
+        scores = {}
+        for name, records in methods.items():
+            file = Path(folder) / "predictions.json"
+            file.write_text(json.dumps(records))
+            scores[name] = run.score(config, [file])["metrics"]
+    print(f"{arguments.split}: {scores['GELLA']['num_phrases']} phrases, {len(found)} captions, {len(images)} images")
+    print("| | " + " | ".join(COLUMNS.values()) + " |\n|---|" + "---|" * len(COLUMNS))
+    for name, result in scores.items():
+        print(f"| {name} | " + " | ".join(format_value(result[column]) for column in COLUMNS) + " |")
 
 
-def open_grounder(path: Path) -> Grounder:
-    known = read_info(path)[1].get("grounding", {})
-    model = esg_jax.load(path)
-    return Grounder(
-        model, open_tokenizer(packaged_smollm2()), Prompts.load(None, known.get("conversation", "vicuna")), batch_size=1
-    )
-
-
-def ground(grounder: Grounder, narrative, categories) -> dict[str, list[tuple[float, bool]]]:
-    """Per method, IoU and plurality of every linked phrase of a caption."""
-    entities = narrative.record.load_entities()
-    linked = [phrase for phrase in narrative.phrases if phrase.entities]
-    masks = disjoint_masks(
-        MaskSet(entities.layers, tuple(range(len(entities.ids))), None), max_entities=grounder.max_entities
-    )
-    (scene,) = grounder.look([narrative.record.load_image()], [masks])
-    (result,) = grounder.ground(
-        [scene],
-        [narrative.caption],
-        [[phrase.text for phrase in linked]],
-        [[phrase.plural for phrase in linked]],
-    )
-    areas = entities.areas()
-    out: dict[str, list[tuple[float, bool]]] = {"GELLA": [], "largest mask": [], "word in category name": []}
-    for phrase, answer in zip(linked, result.phrases, strict=True):
-        truth = np.any([entities.mask(entity) for entity in phrase.entities], axis=0)
-        words = {word.rstrip("s") for word in phrase.text.lower().split()}
-        named = [k for k, i in enumerate(entities.ids) if words & {w.rstrip("s") for w in categories[i].split()}]
-        if named and not phrase.plural:
-            named = [max(named, key=lambda k: areas[k])]
-        chosen = {
-            "GELLA": [masks.ids[row] for row in answer.entities],
-            "largest mask": [int(np.argmax(areas))],
-            "word in category name": named,
-        }
-        for method, rows in chosen.items():
-            found = np.any([entities.mask(row) for row in rows], axis=0) if rows else np.zeros_like(truth)
-            overlap = np.sum(found & truth) / max(np.sum(found | truth), 1)
-            out[method].append((float(overlap), bool(phrase.plural)))
+def baselines(config: EvalConfig) -> dict[str, list[dict]]:
+    """Records of the largest mask, and of the masks whose category the phrase names."""
+    categories = {a["id"]: a["category"] for a in json.loads(Path(config.captions).read_text())["annotations"]}
+    out: dict[str, list[dict]] = {"largest mask": [], "word in category name": []}
+    for image in text_sets.open_text_set(config).images:
+        entities = image.record.load_entities()
+        areas = entities.areas()
+        masks = [entities.mask(row) for row in range(len(areas))]
+        names = [{word.rstrip("s") for word in categories[i].split()} for i in entities.ids]
+        for uid, narrative in image.texts:
+            chosen: dict[str, list[dict]] = {name: [] for name in out}
+            for phrase in text_sets.linked_phrases(narrative):
+                words = {word.rstrip("s") for word in phrase.text.lower().split()}
+                named = [row for row, name in enumerate(names) if words & name]
+                if named and not phrase.plural:
+                    named = [max(named, key=lambda row: areas[row])]
+                for name, rows in (("largest mask", [int(np.argmax(areas))]), ("word in category name", named)):
+                    mask = np.any([masks[row] for row in rows], axis=0) if rows else np.zeros_like(masks[0])
+                    code = rle.encode(mask[None])[0]
+                    chosen[name].append({"pred": {"size": code["size"], "counts": code["counts"].decode()}})
+            for name, phrases in chosen.items():
+                out[name].append({"image_id": uid, "phrases": phrases})
     return out
 
 

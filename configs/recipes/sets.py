@@ -2,7 +2,11 @@
 
     python eval.py --config=configs/recipes/sets.py:entityseg --checkpoint=cropformer_swin_t.safetensors --out=runs/ap_e
     python eval.py --config=configs/recipes/sets.py:coco_panoptic --checkpoint=mask2former.safetensors --out=runs/pq
+    python eval.py --config=configs/recipes/sets.py:png --checkpoint=gella.safetensors --out=runs/png \
+        --config.input_masks=segmenter --config.segmenter=cropformer_swin_t.safetensors
 
+The sets of text (`png`, `refcoco_*`, `grefcoco_*`, `reasonseg_*`) need GELLA's weights, which name categories, too:
+`coco_panoptic`, `ade20k_panoptic` and the instance sets by the categories' names.
 Folders are those of the official downloads below `datasets/`; others: --config.annotations=... --config.images=...
 """
 
@@ -65,6 +69,35 @@ SETS = {
     "camo": EvalConfig(annotations="datasets/camo/entities.json", images="datasets/camo"),
     "fss": EvalConfig(annotations="datasets/fss/entities.json", images="datasets/fss"),
 }
+
+# Narratives of COCO val2017, grounded in its panoptic masks unless `input_masks` says otherwise.
+SETS["png"] = EvalConfig(
+    task="narrative",
+    reader="png",
+    captions="datasets/png/png_coco_val2017.json",
+    annotations=f"{_COCO}/annotations/panoptic_val2017.json",
+    images=f"{_COCO}/val2017",
+)
+# Name of the set, its folder, its file, its splits; images are those of COCO train2014.
+for _name, _folder, _file, _splits in (
+    ("refcoco", "refcoco", "refs(unc).p", ("val", "testA", "testB")),
+    ("refcoco+", "refcoco+", "refs(unc).p", ("val", "testA", "testB")),
+    ("refcocog", "refcocog", "refs(umd).p", ("val", "test")),
+    ("grefcoco", "grefs", "grefs(unc).json", ("val", "testA", "testB")),
+):
+    for _split in _splits:
+        SETS[f"{_name}_{_split}"] = EvalConfig(
+            task="referring",
+            reader="refcoco",
+            captions=f"datasets/refer_seg/{_folder}/{_file}",
+            images=f"{_COCO}/train2014",
+            split=_split,
+        )
+# Only the answers are annotated here, so masks of everything must come from elsewhere.
+for _split in ("val", "test"):
+    SETS[f"reasonseg_{_split}"] = EvalConfig(
+        task="referring", reader="reasonseg", captions=f"datasets/reason_seg/{_split}", input_masks="segmenter"
+    )
 
 
 def get_config(name: str = "entityseg"):

@@ -6,7 +6,7 @@
 "ESG" is the entity segmentation and grounding paper, "GLEE" its companion's supplement. Published values are as
 printed (x100). Nothing here has been reproduced with published weights; the arithmetic of every metric is checked
 against its official evaluator (docs/evaluation.md). `$WEIGHTS` is a checkpoint, `$GT` the ground truth, `$PRED` saved
-predictions of any model in the official format.
+predictions of any model in the official format. GELLA grounds text in the masks of `$SEGMENTER`, a CropFormer.
 """
 
 import dataclasses
@@ -42,8 +42,16 @@ def _score(metric: str, extra: str = "") -> str:
     return f"esg evaluate {metric} --gt $GT --pred $PRED{extra}"
 
 
+def _gella(name: str, phrases: str = "forced") -> str:
+    masks = "--config.input_masks=segmenter --config.segmenter=$SEGMENTER"
+    return (
+        f"python eval.py --config=configs/recipes/sets.py:{name} --checkpoint=$WEIGHTS --out=$OUT/{name}_{phrases} "
+        f"{masks} --config.phrases={phrases}"
+    )
+
+
 _PNG = "panoptic narrative grounding, val"
-_PNG_NOTE = "Hard masks at full resolution; `--soft` gives the 2021 protocol of the PNGb and PPMN rows."
+_PNG_NOTE = "Hard masks at full resolution; `--config.soft=True` gives the 2021 protocol of the PNGb and PPMN rows."
 _RES_SPLITS = "refcoco {val,testA,testB}, refcoco+ {val,testA,testB}, refcocog UMD {val,test}; one item per sentence"
 
 RECIPES: dict[str, Recipe] = {
@@ -135,14 +143,14 @@ RECIPES: dict[str, Recipe] = {
         "ESG 9",
         "GELLA-13B: refcoco val, refcoco+ val, refcocog val",
         _RES_SPLITS,
-        _score("res"),
+        " && ".join(_gella(f"{name}_val") for name in ("refcoco", "refcoco+", "refcocog")),
         {"refcoco_cIoU": 76.7, "refcoco+_cIoU": 67.0, "refcocog_cIoU": 70.4},
     ),
     "esg_t10": Recipe(
         "ESG 10",
         "GELLA-13B",
         _PNG,
-        _score("png-ar"),
+        _gella("png"),
         {"AR": 71.3, "AR_Th": 67.8, "AR_St": 73.1, "AR_Sing": 71.0, "AR_Pl": 59.5},
         _PNG_NOTE,
     ),
@@ -150,7 +158,7 @@ RECIPES: dict[str, Recipe] = {
         "ESG 12",
         "Ours",
         _PNG,
-        _score("png-ar"),
+        _gella("png"),
         {"AR": 69.8},
         "The other columns are GFLOPs and seconds: a profiler's.",
     ),
@@ -158,15 +166,24 @@ RECIPES: dict[str, Recipe] = {
         "ESG 13",
         "GELLA-13B, 50 epochs",
         "COCO panoptic val2017",
-        _score("pq"),
+        _gella("coco_panoptic"),
         {"PQ": 56.5, "SQ": 83.3, "RQ": 67.3},
         "Mask2Former's row (53.4) is `eval.py --config=configs/recipes/sets.py:coco_panoptic`.",
     ),
     "esg_t13_ade": Recipe(
-        "ESG 13", "GELLA-13B, 50 epochs", "ADE20K panoptic val, open vocabulary", _score("pq"), {"PQ": 21.1}
+        "ESG 13",
+        "GELLA-13B, 50 epochs",
+        "ADE20K panoptic val, open vocabulary",
+        _gella("ade20k_panoptic"),
+        {"PQ": 21.1},
     ),
     "esg_t14_reason": Recipe(
-        "ESG 14a", "GELLA", "ReasonSeg val", _score("res"), {"gIoU": 66.7, "cIoU": 74.3}, "Test: gIoU 63.3, cIoU 64.1."
+        "ESG 14a",
+        "GELLA",
+        "ReasonSeg val",
+        _gella("reasonseg_val"),
+        {"gIoU": 66.7, "cIoU": 74.3},
+        "Test: gIoU 63.3, cIoU 64.1.",
     ),
     "esg_t14_sginw": Recipe(
         "ESG 14b",
@@ -178,7 +195,7 @@ RECIPES: dict[str, Recipe] = {
         "The first command is repeated for every set.",
     ),
     "esg_t15": Recipe(
-        "ESG 15", "336 pixels", "COCO panoptic val2017", _score("pq"), {"PQ": 53.1, "SQ": 83.3, "RQ": 63.8}
+        "ESG 15", "336 pixels", "COCO panoptic val2017", _gella("coco_panoptic"), {"PQ": 53.1, "SQ": 83.3, "RQ": 63.8}
     ),
     "esg_t16": Recipe(
         "ESG 16",
@@ -188,22 +205,22 @@ RECIPES: dict[str, Recipe] = {
         {"AP": 95.2, "AP50": 96.9, "AP75": 96.1},
     ),
     "esg_t17": Recipe(
-        "ESG 17", "all modules", "COCO panoptic val2017", _score("pq"), {"PQ": 53.1, "SQ": 83.3, "RQ": 63.8}
+        "ESG 17", "all modules", "COCO panoptic val2017", _gella("coco_panoptic"), {"PQ": 53.1, "SQ": 83.3, "RQ": 63.8}
     ),
     "esg_t18": Recipe(
         "ESG 18",
         "test masks: ground truth",
         "COCO panoptic val2017",
-        _score("pq"),
+        _model("coco_panoptic", " --config.input_masks=ground_truth"),
         {"PQ": 79.6, "SQ": 97.8, "RQ": 91.4},
     ),
-    "esg_t19": Recipe("ESG 19", "ColorMap", _PNG, _score("png-ar"), {"AR": 69.8}, _PNG_NOTE),
-    "esg_t20": Recipe("ESG 20", "ColorMap encoder", _PNG, _score("png-ar"), {"AR": 69.8}, _PNG_NOTE),
+    "esg_t19": Recipe("ESG 19", "ColorMap", _PNG, _gella("png"), {"AR": 69.8}, _PNG_NOTE),
+    "esg_t20": Recipe("ESG 20", "ColorMap encoder", _PNG, _gella("png"), {"AR": 69.8}, _PNG_NOTE),
     "esg_t21": Recipe(
         "ESG 21",
         "0.2 / 0.2 / 0.6",
         _PNG,
-        _score("png-ar") + " && esg evaluate ar-text --gt $GT --pred $PRED",
+        _gella("png") + " && " + _gella("png", "generated"),
         {"AR": 69.8, "AR_Th": 66.2, "AR_St": 72.3, "AR_Sing": 69.9, "AR_Pl": 58.4, "AR_text": 96.1},
         "AR_text is undefined in the paper; see esg_jax/evaluation/text.py.",
     ),
@@ -211,11 +228,11 @@ RECIPES: dict[str, Recipe] = {
         "ESG 22",
         "CropFormer Swin-L",
         _PNG,
-        _score("png-ar"),
+        _gella("png"),
         {"AR": 69.8, "AR_Th": 66.2, "AR_St": 72.3, "AR_Sing": 69.9, "AR_Pl": 58.4},
         _PNG_NOTE,
     ),
-    "esg_t23": Recipe("ESG 23", "FC", _PNG, _score("png-ar"), {"AR": 69.8, "AR_Th": 66.2, "AR_St": 72.3}, _PNG_NOTE),
+    "esg_t23": Recipe("ESG 23", "FC", _PNG, _gella("png"), {"AR": 69.8, "AR_Th": 66.2, "AR_St": 72.3}, _PNG_NOTE),
     "glee_t4_ytvos": Recipe(
         "GLEE 4",
         "GLEE-Lite",

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from esg_jax.evaluation import formats, rle, tasks
+from esg_jax.evaluation import formats, rle, tasks, text_sets
 from esg_jax.evaluation.accumulator import Accumulator
 from esg_jax.evaluation.average_precision import AveragePrecision, EntityAP
 from esg_jax.evaluation.best_overlap import BestOverlap
-from esg_jax.evaluation.config import EvalConfig
+from esg_jax.evaluation.config import TEXT_TASKS, EvalConfig
 from esg_jax.evaluation.driver import accumulate
 from esg_jax.evaluation.panoptic import ids_from_rgb
 from esg_jax.evaluation.rle import EvaluationError
@@ -23,15 +23,27 @@ COLUMNS = {
     "instance": ("AP", "AP50", "AP75", "APs", "APm", "APl"),
     "panoptic": ("PQ", "SQ", "RQ", "PQ_Th", "PQ_St"),
     "semantic": ("mIoU", "mIoU_with_predicted_only", "fwIoU", "mACC", "pACC"),
+    "narrative": ("AR", "AR_Th", "AR_St", "AR_Sing", "AR_Pl", "acc@0.5"),
+    "referring": ("cIoU", "gIoU", "mIoU", "P@0.5"),
 }
 
 
+def columns(config: EvalConfig) -> tuple[str, ...]:
+    """Columns of what an evaluation measures."""
+    more = ("AR_text_strict", "AR_text_loose") if config.task == "narrative" and config.phrases == "generated" else ()
+    return COLUMNS[config.task] + more
+
+
 def images_of(config: EvalConfig) -> list[tuple[Any, Path]]:
-    """(image id, path) of the images to predict and score; for "semantic" the id is the name of the label map.
+    """(image id, path) of the images to predict and score.
+
+    For "semantic" the id is the name of the label map, for text the place of the image in the `TextSet`.
 
     Raises:
         EvaluationError: unreadable annotations.
     """
+    if config.task in TEXT_TASKS:
+        return [(number, image.record.image) for number, image in enumerate(text_sets.open_text_set(config).images)]
     if config.task == "semantic":
         if not Path(config.annotations).is_file():
             raise EvaluationError(f"no such file: {config.annotations}")
@@ -60,6 +72,8 @@ def score(config: EvalConfig, files: Sequence[Path], *, workers: int = 1) -> dic
         files: prediction files, one per host.
         workers: processes.
     """
+    if config.task in TEXT_TASKS:
+        return {"metrics": text_sets.score(config, files, workers=workers)}
     if config.task in ("panoptic", "semantic"):
         metric = (_panoptic if config.task == "panoptic" else _semantic)(config, files, workers)
         return {"metrics": metric.result()}
@@ -112,6 +126,9 @@ def _semantic(config: EvalConfig, files: Sequence[Path], workers: int) -> Accumu
 
 def drawings(config: EvalConfig, files: Sequence[Path]) -> Iterator[tuple[str, Path, np.ndarray, np.ndarray]]:
     """(caption, image path, predicted label map, annotated label map) of `grid_images` images spread over the set."""
+    if config.task in TEXT_TASKS:
+        yield from text_sets.drawings(config, files)
+        return
     images = images_of(config)
     chosen = np.unique(np.linspace(0, len(images) - 1, min(config.grid_images, len(images))).round().astype(int))
     if config.task == "semantic":

@@ -32,7 +32,23 @@ def referring_segmentation(gt: str | Path, pred: str | Path, *, workers: int = 1
 
 
 def _paired_lists(gt: str | Path, pred: str | Path, name: str) -> list[tuple[Any, list[dict[str, Any]]]]:
-    targets, preds = (_by_image(path, name) for path in (gt, pred))
+    return pair(records_by_image(gt, name), records_by_image(pred, name), name, str(gt), str(pred))
+
+
+def pair(
+    targets: dict[Any, list[dict[str, Any]]],
+    preds: dict[Any, list[dict[str, Any]]],
+    name: str,
+    gt: str,
+    pred: str,
+) -> list[tuple[Any, list[dict[str, Any]]]]:
+    """Annotated records of every image with the `pred` of those at the same place of its predictions.
+
+    Args:
+        targets, preds: from `records_by_image`.
+        name: what the lists hold, "phrases" or "items".
+        gt, pred: where they come from, for messages.
+    """
     if set(targets) != set(preds):
         strange = sorted(set(targets) ^ set(preds), key=str)
         raise EvaluationError(f"image_id {strange[0]} is in only one of {gt} and {pred} ({len(strange)} such ids)")
@@ -47,16 +63,20 @@ def _paired_lists(gt: str | Path, pred: str | Path, name: str) -> list[tuple[Any
     return out
 
 
-def _by_image(path: str | Path, name: str) -> dict[Any, list[dict[str, Any]]]:
-    records = formats.load_json(path)
-    if not isinstance(records, list) or not records:
-        raise EvaluationError(f"{path}: expected a JSON list with one record per image")
+def records_by_image(paths: str | Path | Sequence[str | Path], name: str) -> dict[Any, list[dict[str, Any]]]:
+    """The field `name` of every record by its `image_id`, of one file or several (one per host)."""
     out: dict[Any, list[dict[str, Any]]] = {}
-    for i, record in enumerate(records):
-        uid = formats.field(record, "image_id", f"{path}, record {i}")
-        if uid in out:
-            raise EvaluationError(f"{path}: image_id {uid} occurs twice")
-        out[uid] = formats.field(record, name, f"{path}, image_id {uid}")
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        records = formats.load_json(path)
+        if not isinstance(records, list):
+            raise EvaluationError(f"{path}: expected a JSON list with one record per image")
+        for i, record in enumerate(records):
+            uid = formats.field(record, "image_id", f"{path}, record {i}")
+            if uid in out:
+                raise EvaluationError(f"{path}: image_id {uid} occurs twice")
+            out[uid] = formats.field(record, name, f"{path}, image_id {uid}")
+    if not out:
+        raise EvaluationError(f"{paths}: expected a JSON list with one record per image")
     return out
 
 

@@ -6,7 +6,7 @@ wants the same head noun, `loose` any word in common, after lower-casing, removi
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from esg_jax.evaluation.accumulator import Accumulator
@@ -60,8 +60,8 @@ class TextRecall(Accumulator):
         """Scores one caption: the grounded phrases of the prediction and of the ground truth, in text order."""
         target = [w for w in map(words, annotated) if w]
         pred = [w for w in map(words, predicted) if w]
-        strict = _matched(pred, target, lambda p, t: p[-1] == t[-1])
-        loose = _matched(pred, target, lambda p, t: bool(set(p) & set(t)))
+        strict, loose = (_align(pred, target, same) for same in (_same_head, _common_word))
+        strict, loose = (sum(match is not None for match in matches) for matches in (strict, loose))
         self._store(caption_id, (strict, loose, len(target)))
 
     def result(self) -> dict[str, Any]:
@@ -75,13 +75,25 @@ class TextRecall(Accumulator):
         }
 
 
-def _matched(pred, target, same) -> int:
-    free = list(pred)
-    count = 0
+def align(predicted: Sequence[str], annotated: Sequence[str]) -> list[int | None]:
+    """Which predicted phrase names each annotated one (strictly); None where none is left that does."""
+    return _align([words(phrase) for phrase in predicted], [words(phrase) for phrase in annotated], _same_head)
+
+
+def _align(pred: Sequence[list[str]], target: Sequence[list[str]], same: Callable) -> list[int | None]:
+    free = list(range(len(pred)))
+    out: list[int | None] = []
     for wanted in target:
-        for candidate in free:
-            if same(candidate, wanted):
-                free.remove(candidate)
-                count += 1
-                break
-    return count
+        found = next((index for index in free if wanted and pred[index] and same(pred[index], wanted)), None)
+        if found is not None:
+            free.remove(found)
+        out.append(found)
+    return out
+
+
+def _same_head(pred: list[str], target: list[str]) -> bool:
+    return pred[-1] == target[-1]
+
+
+def _common_word(pred: list[str], target: list[str]) -> bool:
+    return bool(set(pred) & set(target))

@@ -118,53 +118,11 @@ def run(args: argparse.Namespace) -> int:
 
 def open_grounder(args: argparse.Namespace):
     """The model with its tokenizer and wording; what the command line leaves open is looked up in the weights."""
-    import jax.numpy as jnp
+    from esg_jax.inference.load_grounder import load_grounder, read_rules
 
-    import esg_jax
-    from esg_jax import weights
-    from esg_jax.config import from_dict
-    from esg_jax.inference.grounding import Grounder
-    from esg_jax.inference.grounding_rules import GroundingConfig
-    from esg_jax.interop.gguf import packaged_smollm2
-    from esg_jax.models.gella import Gella
-    from esg_jax.text.prompts import Prompts
-    from esg_jax.text.tokenizers import open_tokenizer
-
-    path = args.model or demo_grounder()
-    info = weights.read_info(path)[1] if weights.is_weights_file(path) else {}
-    known = info.get("grounding", {})
-    rules = from_dict(GroundingConfig, {**known.get("rules", {}), **_rules(args.rule)}, "--rule")
-    tokenizer = args.tokenizer or known.get("tokenizer")
-    if not tokenizer:
-        raise ValueError(f"{path} does not say which tokenizer it needs; give --tokenizer")
-    tokenizer = open_tokenizer(packaged_smollm2() if tokenizer == "smollm2" else tokenizer)
-    prompts = Prompts.load(args.prompts, args.conversation or known.get("conversation", "vicuna"))
-    model = esg_jax.load(path, dtype=getattr(jnp, args.precision))
-    if not isinstance(model, Gella):
-        raise ValueError(f"{path} holds a {type(model).__name__}, expected GELLA weights")
-    options = {name: getattr(args, name) for name in ("batch_size", "max_new_tokens")}
-    options["with_count"] = known.get("with_count", True)
-    # Weights that leave the language model out have it untrained: it never writes <SEG>.
-    by_default = "rule" if "llm_weights" in info else "model"
-    options["nouns"] = args.nouns or known.get("nouns", by_default)
-    return Grounder(model, tokenizer, prompts, rules, **options)
-
-
-def demo_grounder() -> Path:
-    """The GELLA weights that ship with the package.
-
-    Raises:
-        FileNotFoundError: this installation has none.
-    """
-    import importlib.resources
-
-    path = Path(str(importlib.resources.files("esg_jax").joinpath("assets", "gella_demo.safetensors")))
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no GELLA demo weights at {path}; name some (--model FILE.safetensors), convert a published checkpoint "
-            "(`esg convert --help`), or train a small one (configs/gella_quickstart.py)"
-        )
-    return path
+    names = ("tokenizer", "conversation", "prompts", "nouns", "precision", "batch_size", "max_new_tokens")
+    options = {name: getattr(args, name) for name in names}
+    return load_grounder(args.model, rules=read_rules(args.rule, "--rule"), **options)
 
 
 def _names(text: str | None, option: str) -> list[str]:
@@ -195,24 +153,12 @@ def _check(args: argparse.Namespace, names: list[str], stuff: list[str]) -> None
             raise ValueError(f"--{option} is empty")
 
 
-def _rules(pairs: list[str]) -> dict[str, Any]:
-    """NAME=VALUE to values; numbers become numbers."""
-    out: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--rule {pair!r}: expected NAME=VALUE")
-        try:
-            out[name] = json.loads(value)
-        except json.JSONDecodeError:
-            out[name] = value
-    return out
-
-
 class _Masks:
     """Where the masks of an image come from: files, or a segmenter."""
 
     def __init__(self, args: argparse.Namespace, images: list[Path]):
+        from esg_jax.input.mask_files import mask_file_of
+
         self.args, self.predictor = args, None
         self.files: dict[Path, Path] = {}
         path = args.masks
@@ -224,13 +170,12 @@ class _Masks:
         if path.is_file() and not whole:
             raise ValueError(f"--masks {path} is one file for {len(images)} images; give a COCO JSON or a folder")
         for image, stem in zip(images, unique_stems(images), strict=True):
-            self.files[image] = path
-            if path.is_dir():
-                named = [path / f"{stem}{suffix}" for suffix in (".png", ".json", ".npz", ".npy", "")]
-                found = next((file for file in named if file.exists()), None)
-                if found is None and len(images) > 1:
-                    raise FileNotFoundError(f"--masks {path} has no {stem}.png, .json, .npz, .npy or folder {stem}")
-                self.files[image] = found or path
+            try:
+                self.files[image] = mask_file_of(path, stem)
+            except FileNotFoundError:
+                if len(images) > 1:
+                    raise
+                self.files[image] = path  # a folder of binary pictures
 
     def open(self, max_entities: int) -> None:
         """Loads the segmenter, when there are no files."""
@@ -242,14 +187,14 @@ class _Masks:
 
     def of(self, image: Path, pixels):
         """Disjoint entities of an image."""
-        from esg_jax.inference.masks_in import EntityMasks, disjoint_masks
+        from esg_jax.inference.masks_in import EntityMasks, NoMasksError, disjoint_masks
         from esg_jax.input.mask_files import read_masks
 
         if self.predictor is not None:
             prediction = self.predictor(pixels)
             kept = prediction.above(self.args.mask_threshold)
             if not len(kept):
-                raise ValueError(
+                raise NoMasksError(
                     f"the segmenter found no entity with a score of {self.args.mask_threshold:g} or more in {image} "
                     f"(the best has {prediction.scores.max(initial=0):.2f}): lower --mask-threshold"
                 )

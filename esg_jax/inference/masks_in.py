@@ -13,6 +13,10 @@ from esg_jax.input.mask_files import MaskSet
 OVERLAPS = ("score", "area", "logit")
 
 
+class NoMasksError(ValueError):
+    """An image without a single mask; text cannot be grounded in it."""
+
+
 @dataclasses.dataclass(frozen=True)
 class EntityMasks:
     """Disjoint entities of one image at its own resolution.
@@ -75,12 +79,13 @@ def disjoint_masks(
         max_entities: of more, the largest are kept.
 
     Raises:
-        ValueError: an unknown `overlap`, "logit" without probabilities, or no masks at all.
+        NoMasksError: no masks at all, or none that is left.
+        ValueError: an unknown `overlap`, or "logit" without probabilities.
     """
     if overlap not in OVERLAPS:
         raise ValueError(f"overlap is {overlap!r}; choose one of {', '.join(OVERLAPS)}")
     if not len(masks):
-        raise ValueError("there are no masks to ground text in; lower the segmenter's threshold or give masks")
+        raise NoMasksError("there are no masks to ground text in; lower the segmenter's threshold or give masks")
     areas = sum(np.bincount(layer.ravel(), minlength=len(masks) + 1)[1:] for layer in masks.layers)
     if overlap == "logit":
         if masks.probabilities is None:
@@ -103,7 +108,7 @@ def disjoint_masks(
     if len(kept) > max_entities:
         kept = np.sort(kept[np.argsort(-left[kept], kind="stable")[:max_entities]])
     if not len(kept):
-        raise ValueError(f"all {len(masks)} masks are empty or smaller than min_area {min_area}")
+        raise NoMasksError(f"all {len(masks)} masks are empty or smaller than min_area {min_area}")
     table = np.zeros(len(masks) + 1, np.int32)
     table[kept + 1] = np.arange(1, len(kept) + 1)
     gone = set(range(len(masks))) - set(kept.tolist())

@@ -207,7 +207,7 @@ class MaskIndex:
                 raise ValueError(
                     f"{name} is linked to mask {mask_id}, which {self._source.file} does not have for this image"
                 )
-        return sorted({known[str(mask_id)] for mask_id in mask_ids})
+        return list(dict.fromkeys(known[str(mask_id)] for mask_id in mask_ids))
 
 
 def _entity_ids(record: Record) -> Sequence[Any]:

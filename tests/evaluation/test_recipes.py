@@ -30,10 +30,11 @@ def test_commands_are_valid(name):
             continue
         assert words[:2] == ["python", "eval.py"]
         flags = dict(word.lstrip("-").split("=", 1) for word in words[2:])
-        assert set(flags) <= {"config", "checkpoint", "out", "views"}
+        config = {name.split(".")[1]: value for name, value in flags.items() if name.startswith("config.")}
+        assert set(flags) <= {"config", "checkpoint", "out", "views"} | {f"config.{name}" for name in config}
         file, set_name = flags["config"].split(":")
         assert file == "configs/recipes/sets.py"
-        from_dict(EvalConfig, sets.get_config(set_name).to_dict())
+        from_dict(EvalConfig, {**sets.get_config(set_name).to_dict(), **config})
     assert tables.show(name).startswith(name)
 
 
