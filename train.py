@@ -142,7 +142,7 @@ def check_recipe(config: RunConfig, recipe: EvalConfig | None) -> None:
     if (recipe is None) != (config.loop.eval_every == 0):
         raise ValueError("to evaluate while training give both --eval=RECIPE.py and --config.loop.eval_every=STEPS")
     if recipe is not None:
-        missing = [path for _, path in images_of(recipe) if not path.is_file()]
+        missing = [path for _, path in images_of(recipe) if not Path(path).is_file()]
         if missing:
             raise FileNotFoundError(f"{len(missing)} images of {recipe.annotations} are missing, such as {missing[0]}")
 
@@ -175,7 +175,8 @@ def initial_weights(config: RunConfig, shapes):
     weights = {}
     if config.backbone_weights:
         path = mobilenet_path() if config.backbone_weights == "imagenet" else config.backbone_weights
-        for prefix in ("backbone.", "visual.image_encoder.", "visual.entity_encoder.colormap_encoder."):
+        encoders = ("image_encoder", "entity_encoder.colormap_encoder", "entity_encoder.mask_encoder")
+        for prefix in ("backbone.", *(f"visual.{encoder}." for encoder in encoders)):
             names = {name.removeprefix(prefix): shapes[name] for name in shapes if name.startswith(prefix)}
             if names and (prefix == "backbone." or "stem.conv.kernel" in names):
                 weights |= {f"{prefix}{name}": value for name, value in from_pytorch(path, names).items()}

@@ -21,6 +21,7 @@ from esg_jax.train.config import RunConfig
 from esg_jax.train.logging import MetricWriter
 from esg_jax.train.loop import LoopConfig, fit
 from esg_jax.train.sharding import make_mesh, put_batch
+from esg_jax.weights import load_model, named_arrays, read_info
 
 pytestmark = pytest.mark.slow
 REPO = Path(__file__).resolve().parents[2]
@@ -129,14 +130,35 @@ def _losses(workdir):
     return {line["step"]: line["loss"] for line in lines}
 
 
-def test_command_line_survives_a_kill(tiny_data, tmp_path):
-    """SIGKILL in the middle of train.py; the same command goes on and repeats the steps since the last save."""
-    command = [sys.executable, "train.py", f"--config=configs/tiny.py:{tiny_data}", f"--workdir={tmp_path}/run"]
-    command.append("--config.loop.total_steps=60")
-    env = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{tmp_path}/cache", "XLA_FLAGS": ""}
-    log = tmp_path / "run" / "metrics.jsonl"
-    saved = tmp_path / "run" / "checkpoints"
-    with subprocess.Popen(command, cwd=REPO, env=env, stdout=subprocess.DEVNULL) as process:
+@dataclasses.dataclass
+class CommandLine:
+    """train.py in processes that share compiled programs."""
+
+    data: Path
+    cache: Path
+
+    def arguments(self, workdir, *more):
+        command = [sys.executable, "train.py", f"--config=configs/tiny.py:{self.data}", f"--workdir={workdir}"]
+        command += ["--config.loop.total_steps=60", "--config.ema_decay=0.99", *more]
+        env = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(self.cache), "XLA_FLAGS": ""}
+        return {"args": command, "cwd": REPO, "env": env}
+
+    def finish(self, workdir, *more) -> str:
+        return subprocess.run(**self.arguments(workdir, *more), capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def command_line(tiny_data, tmp_path_factory):
+    return CommandLine(tiny_data, tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def killed_run(command_line, tmp_path_factory):
+    """Workdir and last output of a run that got SIGKILL in the middle and was started again."""
+    workdir = tmp_path_factory.mktemp("killed") / "run"
+    log = workdir / "metrics.jsonl"
+    saved = workdir / "checkpoints"
+    with subprocess.Popen(**command_line.arguments(workdir), stdout=subprocess.DEVNULL) as process:
         # Saving is asynchronous: a folder named after its step alone is complete.
         while process.poll() is None:
             steps = [int(path.name) for path in saved.glob("*") if path.name.isdigit()]
@@ -144,21 +166,51 @@ def test_command_line_survives_a_kill(tiny_data, tmp_path):
                 break  # at least one step after the checkpoint is known and will be repeated
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
-    done = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, check=True)
-    assert "resumed at step" in done.stdout and "step 60 of 60; weights in" in done.stdout
-    twice = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
+    return workdir, command_line.finish(workdir)
+
+
+def _entries(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+
+
+def test_command_line_survives_a_kill(killed_run):
+    """The same command goes on and repeats the steps since the last save."""
+    workdir, output = killed_run
+    assert "resumed at step" in output and "step 60 of 60; weights in" in output
+    twice = _entries(workdir)
     by_step: dict[int, set] = {}
     for line in twice:
         by_step.setdefault(line["step"], set()).add((line["loss"], line["grad_norm"]))
     assert sorted(by_step) == list(range(1, 61)) and len(twice) > 60
     assert all(len(values) == 1 for values in by_step.values())
-    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert read_info(workdir / "model.safetensors")[1]["config"]["ema_decay"] == 0.99
+
+
+def test_evaluation_changes_nothing(killed_run, command_line, tiny_data, tmp_path):
+    """The losses of a run that is evaluated on the way equal, bit for bit, those of one that is not."""
+    recipe = [f"--eval=configs/recipes/scenes.py:{tiny_data}", "--eval.views=1", "--eval.max_images=2"]
+    recipe += ["--eval.min_size=64", "--eval.max_size=64"]
+    output = command_line.finish(tmp_path, *recipe, "--config.loop.eval_every=40")
+    entries = _entries(tmp_path)
+    assert [line["step"] for line in entries if "eval/AP" in line] == [40, 60]
+    assert {"eval/AR100", "eval/AR@100@IoU0.5", "eval/mean_best_iou"} <= set(entries[-1])
+    assert "evaluation at step 60: AP " in output and (tmp_path / "eval" / "grid.png").exists()
+    losses = {line["step"]: line["loss"] for line in entries if "loss" in line}
+    assert losses == {line["step"]: line["loss"] for line in _entries(killed_run[0])}
+    ours, theirs = (named_arrays(load_model(folder / "model.safetensors")) for folder in (tmp_path, killed_run[0]))
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
 
 
 def test_command_line_refuses_nonsense(tiny_data, tmp_path):
     command = [sys.executable, "train.py", f"--config=configs/tiny.py:{tiny_data}", f"--workdir={tmp_path}"]
     result = subprocess.run([*command, "--config.optim.lr=1"], cwd=REPO, capture_output=True, text=True)
     assert result.returncode and "lr" in result.stderr
-    result = subprocess.run([*command, "--config.precision=float8"], cwd=REPO, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert result.stderr.strip().endswith("error: config.precision is 'float8'; choose bfloat16 or float32")
+    for override, message in (
+        ("--config.precision=float8", "config.precision is 'float8'; choose bfloat16 or float32"),
+        ("--config.ema_decay=soon", "config.ema_decay is 'soon'; expected float or None"),
+        ("--config.loop.eval_every=5", "to evaluate while training give both --eval=RECIPE.py"),
+    ):
+        result = subprocess.run([*command, override], cwd=REPO, capture_output=True, text=True)
+        assert result.returncode == 1
+        assert f"error: {message}" in result.stderr.strip().splitlines()[-1]
