@@ -118,6 +118,25 @@ def test_parts_of_a_batch_add_up(evaluate):
     np.testing.assert_allclose(np.concatenate(part_grads), grads.mask_features, atol=1e-5)
 
 
+def test_images_that_do_not_count(evaluate):
+    """They cost nothing and divide nothing: the rest has the loss that it has alone."""
+    output, batch = predictions(), targets([2, 0])
+    (total, terms), grads = evaluate(output, {**batch, "counted": np.array([True, False])})
+    first = CropFormerOutput(
+        image=jax.tree.map(lambda x: x[:, :VIEWS], output.image),
+        batch=jax.tree.map(lambda x: x[:, :1], output.batch),
+        mask_features=output.mask_features[:1],
+    )
+    (alone, alone_terms), _ = evaluate(first, {k: v[:1] for k, v in batch.items()}, None, slice(0, 1))
+    np.testing.assert_allclose(total, alone, rtol=1e-5)
+    for name, value in terms.items():
+        np.testing.assert_allclose(value, alone_terms[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    assert not np.asarray(grads.mask_features)[1].any() and not np.asarray(grads.batch.logits)[:, 1].any()
+    nothing = {**targets([0, 0]), "counted": np.zeros(2, bool)}
+    (total, _), grads = evaluate(output, nothing)
+    assert float(total) == 0 and finite(grads)
+
+
 def test_normalizers():
     batch = targets([2, SLOTS])
     batch["valid"][0, :, 1] = False

@@ -7,6 +7,7 @@ import pytest
 
 from esg_jax.losses.cropformer import Assignment
 from esg_jax.losses.gella import GellaLossConfig, answer_loss, association_loss, association_target
+from esg_jax.train.tasks import GroundingTask
 
 
 @pytest.fixture
@@ -78,6 +79,31 @@ def test_answer_loss_equals_the_whole_sequence_at_once(length):
     expected, expected_grad = jax.value_and_grad(direct)(head)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(grad, expected_grad, rtol=1e-4, atol=1e-6)
+
+
+def test_divisors_of_a_batch_with_mixed_tasks():
+    """Sample 0 is described, 1 is extracted from, 2 is grounded: each loss is divided by what it is about."""
+    label_map = np.zeros((3, 8, 8), np.int16)
+    label_map[:, :4, :4], label_map[1:, 4:] = 1, 2
+    links = np.zeros((3, 4, 5), bool)
+    links[2, 0, 0] = links[2, 1, 1] = True
+    answer = np.zeros((3, 6), bool)
+    answer[:, 3:] = True
+    batch = {
+        "image": np.zeros((3, 4, 4, 3), np.uint8), "image_size": np.full((3, 2), 4), "label_map": label_map,
+        "map_size": np.full((3, 2), 8), "ids": np.zeros((3, 6), np.int32), "answer": answer,
+        "seg_pos": np.zeros((3, 4), np.int32), "seg_valid": np.array([[False] * 4] + [[True] * 4] * 2),
+        "links": links, "linked": links.any(-1), "task": np.arange(3), "reconstruct": np.array([False, True, True]),
+    }  # fmt: skip
+    task = GroundingTask(GellaLossConfig(), num_queries=5)
+    inputs = task.inputs(batch)
+    assert set(inputs) == set(task.inputs({**batch, "task": np.zeros(3, int)})) >= {"label_map", "reconstruct", "links"}
+    divisors = jax.tree.map(float, task.normalizers(jax.tree.map(jnp.asarray, inputs)))
+    assert divisors["tokens"] == 9 and divisors["nouns"] == 2 and divisors["image"]["masks"] == 4
+    assert divisors["image"]["weights"] == pytest.approx(4 + 0.1 * 6)
+    # With one task per step, descriptions leave the masks out altogether.
+    del batch["reconstruct"]
+    assert "label_map" not in task.inputs(batch) and "label_map" in task.inputs({**batch, "task": np.full(3, 2)})
 
 
 def test_bad_switches_are_named():
