@@ -27,7 +27,7 @@ def refcoco(config: GroundingSourceConfig) -> Narratives:
     things or nothing, so it counts as a question.
     """
     file = config.captions
-    references = _read_references(file)
+    references = read_references(file)
     splits = sorted({str(reference.get("split")) for reference in references})
     if config.split not in splits:
         raise ValueError(f"{file} has no split {config.split!r}; set `split` to one of {', '.join(splits)}")
@@ -61,7 +61,13 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it refers to {module}.{name}; only lists, dictionaries and plain values load")
 
 
-def _read_references(file: str) -> list[dict[str, Any]]:
+def read_references(file: str) -> list[dict[str, Any]]:
+    """The list in a file of references.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no such list, or a pickle that would run code; names file and reference.
+    """
     path = Path(file)
     if not file or not path.is_file():
         raise FileNotFoundError(f"file of references not found: {file or '(`captions` is empty)'}")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import refer_images
 from esg_jax.input import rle
 from esg_jax.input.grounding import ExampleMaker, GroundingDataConfig, train_dataset
 from esg_jax.input.grounding_readers import open_narratives
@@ -95,6 +96,15 @@ def test_refcoco(root):
             narrative.record.load_entities().mask(phrase.entities[0]), labels_of(image) == mask
         )
     assert len(open_narratives(source(root, split="train"))) == 2  # every sentence
+
+
+def test_images_that_are_evaluated_on(root, tmp_path, capsys):
+    out = tmp_path / "eval.txt"
+    assert refer_images.main([str(root / "refs(unc).p"), "--out", str(out)]) == 0
+    assert out.read_text() == "1\n2\n" and "2 images" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="has no caption with an image that is not excluded"):
+        open_narratives(source(root, split="train", exclude=str(out)))
+    assert refer_images.main(["none.p", "--out", str(out)]) == 1 and "none.p" in capsys.readouterr().err
 
 
 def test_grefcoco(root):
