@@ -215,7 +215,8 @@ def open_batches(config: RunConfig):
 def inference_info(config: RunConfig, language_model_left_out: bool) -> dict[str, Any]:
     """What inference must know beside the model, stored with the weights."""
     if isinstance(config.data, grounding.GroundingDataConfig):
-        info = {"grounding": {"tokenizer": config.tokenizer, "conversation": config.data.conversation}}
+        facts = {name: getattr(config.data, name) for name in ("conversation", "prompts", "with_count")}
+        info = {"grounding": {"tokenizer": config.tokenizer, **facts}}
         return info | ({"llm_weights": config.llm_weights} if language_model_left_out else {})
     if config.data.mapper in ("lsj", "colormap"):
         return {"inference": {}}  # the reference tests lsj models at the defaults of 800 and 1333

@@ -56,7 +56,7 @@ def load_grounder(
     if not tokenizer:
         raise ValueError(f"{path} does not say which tokenizer it needs; give --tokenizer")
     words = open_tokenizer(packaged_smollm2() if tokenizer == "smollm2" else tokenizer)
-    wording = Prompts.load(prompts or known.get("prompts"), conversation or known.get("conversation", "vicuna"))
+    wording = Prompts.load(prompts or known.get("prompts") or None, conversation or known.get("conversation", "vicuna"))
     model = esg_jax.load(path, dtype=getattr(jnp, precision))
     if not isinstance(model, Gella):
         raise ValueError(f"{path} holds a {type(model).__name__}, expected GELLA weights")
