@@ -20,6 +20,7 @@ from esg_jax.inference.grounding_types import CategoryResult, GroundedPhrase, Gr
 from esg_jax.inference.masks_in import EntityMasks
 from esg_jax.input.square import square_image, square_labels
 from esg_jax.models.gella import Gella
+from esg_jax.ops.padding import content_mask, content_start
 from esg_jax.text.nouns import noun_phrases
 from esg_jax.text.prompts import Prompts
 from esg_jax.text.sequences import (
@@ -139,9 +140,9 @@ class Grounder:
         return out
 
     def _look_batch(self, images, masks) -> list[Scene]:
-        side = self.model_config.colormap.size
-        pixels, sizes = zip(*(square_image(image, self.model_config.image_size) for image in images), strict=True)
-        maps, map_sizes = zip(*(square_labels(m.label_map.astype(np.int16), side) for m in masks), strict=True)
+        side, pad = self.model_config.colormap.size, self.model_config.pad_position
+        pixels, sizes = zip(*(square_image(image, self.model_config.image_size, pad) for image in images), strict=True)
+        maps, map_sizes = zip(*(square_labels(m.label_map.astype(np.int16), side, pad) for m in masks), strict=True)
         arrays = (np.stack(part) for part in (pixels, sizes, maps, map_sizes))
         seen = jax.device_get(self._see(self._state, *(_fill(array, self.batch_size) for array in arrays)))
         out = []
@@ -156,21 +157,24 @@ class Grounder:
                 found = (query[0] >= 0)[:, None, None]
                 probabilities = np.where(found, seen["probabilities"][row][query[0].clip(0)], 0)
             content = tuple(float(length) / side for length in map_sizes[row])
+            start = tuple(float(content_start(length, side, pad)) / side for length in map_sizes[row])
             vision, embed = seen["vision"][row], seen["embed"][:, row]
-            out.append(Scene(entities, vision, embed, query, entityness.mean(0), probabilities, content))
+            out.append(Scene(entities, vision, embed, query, entityness.mean(0), probabilities, content, start))
         return out
 
     def _run_vision(self, state, image_bhwc, size_b2, label_map_bhw, map_size_b2) -> dict[str, jax.Array]:
         model = nnx.merge(self._graph, state)
         vision = model.vision_tokens(image_bhwc, size_b2)
+        inside = content_mask(*label_map_bhw.shape[1:], map_size_b2, self.model_config.pad_position)
 
         def with_colors(key):
-            output = model.entities(vision, label_map_bhw, jnp.broadcast_to(key, len(image_bhwc)))
+            keys = jnp.broadcast_to(key, len(image_bhwc))
+            output = model.entities(vision, label_map_bhw, keys, size_b2=map_size_b2)
             logits = output.masks.image_mask_logits()[:, 0]
             seen = {
                 "embed": output.embed,
                 "entityness": jax.nn.softmax(output.masks.image.logits[-1])[..., 0],
-                "iou": _overlaps(logits, label_map_bhw, map_size_b2, self.max_entities),
+                "iou": _overlaps(logits, label_map_bhw, inside, self.max_entities),
             }
             return seen, logits
 
@@ -438,11 +442,12 @@ def _associate(model: Gella, nouns_bvd: jax.Array, embed_bkqc: jax.Array) -> jax
     return jax.vmap(lambda embed: model.associate(nouns_bvd, embed), in_axes=1, out_axes=1)(embed_bkqc)
 
 
-def _overlaps(logits_bqhw: jax.Array, label_map_bhw: jax.Array, map_size_b2: jax.Array, count: int) -> jax.Array:
-    """IoU (b, q, n) of the model's masks with the entities of the label map, at the masks' resolution."""
-    rows, columns = (jnp.arange(side) * 4 + 2 for side in logits_bqhw.shape[2:])
-    inside = (rows[:, None] < map_size_b2[:, 0, None, None]) & (columns < map_size_b2[:, 1, None, None])
-    labels = label_map_bhw[:, 2::4, 2::4]
+def _overlaps(logits_bqhw: jax.Array, label_map_bhw: jax.Array, inside_bhw: jax.Array, count: int) -> jax.Array:
+    """IoU (b, q, n) of the model's masks with the entities of the label map, at the masks' resolution.
+
+    `inside` tells the picture from its padding.
+    """
+    labels, inside = label_map_bhw[:, 2::4, 2::4], inside_bhw[:, 2::4, 2::4]
     wanted = (labels[..., None] == jnp.arange(1, count + 1)).astype(jnp.float32)
     masks = ((logits_bqhw > 0) & inside[:, None]).astype(jnp.float32)
     both = jnp.einsum("bqhw,bhwn->bqn", masks, wanted, precision=jax.lax.Precision.HIGHEST)

@@ -24,6 +24,7 @@ class Scene:
         entityness: probability of being an entity, averaged over the colourings; 0 without a query.
         probabilities: the model's own masks at a quarter of the label map's side, for "reconstructed" output.
         content: (height, width) of the picture within those, in fractions.
+        start: (top, left) of the picture within those, in fractions.
     """
 
     masks: EntityMasks
@@ -33,6 +34,7 @@ class Scene:
     entityness: Float[np.ndarray, "n"]
     probabilities: Float[np.ndarray, "n h w"] | None = None
     content: tuple[float, float] = (1.0, 1.0)
+    start: tuple[float, float] = (0.0, 0.0)
 
     @property
     def groundable(self) -> Bool[np.ndarray, "n"]:
@@ -47,7 +49,8 @@ class Scene:
         out = np.zeros((height, width), bool)
         for entity in entities:
             values = Image.fromarray(self.probabilities[entity])
-            box = (0.0, 0.0, values.width * self.content[1], values.height * self.content[0])
+            (top, left), (tall, wide) = self.start, self.content
+            box = (values.width * left, values.height * top, values.width * (left + wide), values.height * (top + tall))
             out |= np.asarray(values.resize((width, height), Image.Resampling.BILINEAR, box=box)) > 0.5
         return out
 

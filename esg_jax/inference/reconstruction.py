@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Bool, Float, UInt8
 
 from esg_jax.input.records import Entities
-from esg_jax.input.square import content_size, entity_map, square_image
+from esg_jax.input.square import content_size, content_slices, entity_map, square_image
 from esg_jax.models.gella import Gella
 from esg_jax.ops.resize import bilinear_matrix
 
@@ -26,10 +26,10 @@ class Reconstructor:
         key = jax.random.key(seed)
 
         @jax.jit
-        def run(state, image_bhwc, size_b2, label_map_bhw):
+        def run(state, image_bhwc, size_b2, label_map_bhw, map_size_b2):
             branch = nnx.merge(graph, state)
             vision = branch.vision_tokens(image_bhwc, size_b2)
-            output = branch.entities(vision, label_map_bhw, key[None]).masks
+            output = branch.entities(vision, label_map_bhw, key[None], size_b2=map_size_b2).masks
             return jax.nn.softmax(output.image.logits[-1, 0])[:, 0], output.image_mask_logits()[0, 0]
 
         self._run = lambda *arrays: run(state, *(jnp.asarray(array)[None] for array in arrays))
@@ -43,15 +43,15 @@ class Reconstructor:
             image_hw3: RGB.
             entities: whose masks are painted; of more than there are queries, the largest.
         """
-        side = self.config.colormap.size
-        pixels, size = square_image(image_hw3, self.config.image_size)
-        label_map, _, _ = entity_map(entities, side, self.config.num_queries)
-        scores, logits_qhw = jax.device_get(self._run(pixels, size, label_map))
+        side, pad = self.config.colormap.size, self.config.pad_position
+        pixels, size = square_image(image_hw3, self.config.image_size, pad)
+        label_map, map_size, _ = entity_map(entities, side, self.config.num_queries, pad)
+        scores, logits_qhw = jax.device_get(self._run(pixels, size, label_map, map_size))
         height, width = image_hw3.shape[:2]
-        content = content_size(height, width, side)
+        content = content_slices(content_size(height, width, side), side, pad)
         # Both steps, to the colormap's resolution and on to the image's, are linear: one matrix per axis.
         rows, columns = (
-            bilinear_matrix(inside, outside) @ bilinear_matrix(side // 4, side)[:inside]
+            bilinear_matrix(inside.stop - inside.start, outside) @ bilinear_matrix(side // 4, side)[inside]
             for inside, outside in zip(content, (height, width), strict=True)
         )
         masks = np.stack([rows @ logits @ columns.T > 0 for logits in logits_qhw])

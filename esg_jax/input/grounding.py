@@ -2,7 +2,7 @@
 
 A batch is a dictionary (B samples, T tokens, V phrases, N = `max_entities`):
 
-    image       uint8 (B, Sv, Sv, 3)   longer side Sv, bicubic, content at the top left, zero padded
+    image       uint8 (B, Sv, Sv, 3)   longer side Sv, bicubic, zero padded (`pad_position`)
     image_size  int32 (B, 2)           (height, width) of the content
     label_map   int16 (B, Sc, Sc)      0 nothing, k + 1 entity k; nearest neighbour, same geometry
     map_size    int32 (B, 2)
@@ -33,6 +33,7 @@ from esg_jax.input.grounding_readers import open_narratives
 from esg_jax.input.narratives import TASKS, GroundingSourceConfig, Narrative, Narratives
 from esg_jax.input.pipeline import endless, seed_of
 from esg_jax.input.square import entity_map, square_image
+from esg_jax.ops.padding import check_pad_position
 from esg_jax.text.prompts import Prompts
 from esg_jax.text.sequences import SequenceBuilder, Tokenizer, TokenSequence, Turn, pad_sequences
 
@@ -49,6 +50,7 @@ class GroundingDataConfig:
     sources: a dictionary of `GroundingSourceConfig` fields under a name of your choice each.
     image_size: Sv, pixels; num_image_tokens: positions of a picture in the text, G * G.
     map_size: Sc, pixels, a multiple of 32.
+    pad_position: where both squares are padded, "bottom_right" or on all sides ("center", as LLaVA does).
     max_entities: N; of more, the largest are kept.
     max_phrases: V; later phrases of a caption are left out.
     lengths: T of the three tasks: description, extraction, grounding.
@@ -66,6 +68,7 @@ class GroundingDataConfig:
     image_size: int = 336
     num_image_tokens: int = 576
     map_size: int = 1024
+    pad_position: str = "bottom_right"
     max_entities: int = 100
     max_phrases: int = 64
     lengths: tuple[int, ...] = (1024, 1536, 1536)
@@ -88,6 +91,7 @@ class GroundingDataConfig:
                 raise ValueError(f"data.{name} needs one value for each of {', '.join(TASKS)}")
         if self.map_size % 32 or self.map_size <= 0:
             raise ValueError(f"data.map_size is {self.map_size}; it must be a positive multiple of 32")
+        check_pad_position(self.pad_position, "data.pad_position")
         if min(self.ratios) < 0 or sum(self.ratios) <= 0:
             raise ValueError(f"data.ratios are {self.ratios}; they must not be negative, nor all zero")
         if self.sampling not in ("per_step", "per_sample"):
@@ -253,8 +257,8 @@ class ExampleMaker:
         if flip:
             image = image[:, ::-1]
             entities = dataclasses.replace(entities, layers=[layer[:, ::-1] for layer in entities.layers])
-        pixels, image_size = square_image(image, config.image_size)
-        label_map, map_size, slots = entity_map(entities, config.map_size, config.max_entities)
+        pixels, image_size = square_image(image, config.image_size, config.pad_position)
+        label_map, map_size, slots = entity_map(entities, config.map_size, config.max_entities, config.pad_position)
         lost = np.flatnonzero((slots < 0) & ~entities.crowd)
         if len(lost):
             logger.debug("image %s: entities %s are too small or too many for the label map",

@@ -157,14 +157,15 @@ class Colormap:
     image_size: int
     map_size: int
     max_entities: int
+    pad_position: str = "bottom_right"
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Example:
         image, entities = record.load_image(), record.load_entities()
         if rng.random() < 0.5:
             image = image[:, ::-1]
             entities = dataclasses.replace(entities, layers=[layer[:, ::-1] for layer in entities.layers])
-        image, image_size = square_image(image, self.image_size)
-        label_map, map_size, _ = entity_map(entities, self.map_size, self.max_entities)
+        image, image_size = square_image(image, self.image_size, self.pad_position)
+        label_map, map_size, _ = entity_map(entities, self.map_size, self.max_entities, self.pad_position)
         return {"image": image, "image_size": image_size, "label_map": label_map, "map_size": map_size}
 
 

@@ -26,6 +26,7 @@ from esg_jax.config import from_dict
 from esg_jax.input import mappers, transforms
 from esg_jax.input.readers import SourceConfig, open_source
 from esg_jax.input.records import RecordSource
+from esg_jax.ops.padding import check_pad_position
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class DataConfig:
     buckets: padded (height, width), multiples of 32; for the entity mappers.
     lsj_size, lsj_scales: for "lsj".
     image_size, map_size: sides of the squares in pixels, for "colormap".
+    pad_position: where the squares are padded, "bottom_right" or on all sides ("center"), for "colormap".
     max_entities: target slots N per image; the largest entities are kept.
     class_agnostic: all labels 0.
     drop_empty: leave out images without entities, as the reference does.
@@ -60,6 +62,7 @@ class DataConfig:
     lsj_scales: tuple[float, float] = (0.1, 2.0)
     image_size: int = 336
     map_size: int = 1024
+    pad_position: str = "bottom_right"
     max_entities: int = 100
     class_agnostic: bool = True
     drop_empty: bool = True
@@ -72,6 +75,7 @@ class DataConfig:
     def __post_init__(self):
         if self.mapper not in MAPPERS:
             raise ValueError(f"data.mapper is {self.mapper!r}; choose one of {', '.join(MAPPERS)}")
+        check_pad_position(self.pad_position, "data.pad_position")
         # Lists come from JSON and from command-line overrides.
         object.__setattr__(self, "buckets", tuple(tuple(bucket) for bucket in self.buckets))
         for name in ("short_edges", "lsj_scales"):
@@ -225,7 +229,7 @@ def _mapper(config: DataConfig, bucket: int):
     if config.mapper == "lsj":
         return mappers.LargeScaleJitter(config.lsj_size, config.max_entities, config.lsj_scales, config.class_agnostic)
     if config.mapper == "colormap":
-        return mappers.Colormap(config.image_size, config.map_size, config.max_entities)
+        return mappers.Colormap(config.image_size, config.map_size, config.max_entities, config.pad_position)
     return mappers.EntityCrop(
         config.short_edges,
         config.max_size,

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from esg_jax.config import to_dict
-from esg_jax.interop.convert import stream_from_ours
+from esg_jax.interop.convert import ConversionError, stream_from_ours
 from esg_jax.interop.gella_tables import GELLA
 from esg_jax.interop.language_config import clip_vision_json, llama_json
 from esg_jax.interop.readers import CheckpointReader, open_checkpoint
 from esg_jax.interop.rules import Table
 from esg_jax.interop.writers import write_safetensors, write_sharded
 from esg_jax.models.clip import ClipVisionConfig
+from esg_jax.models.entity_encoder import EntityEncoderConfig
 from esg_jax.models.gella import GellaConfig
 
 OWN_FILE = "gella.safetensors"
@@ -39,7 +40,15 @@ def save_gella(
 
     Returns:
         The files written.
+
+    Raises:
+        ConversionError: a configuration that the PyTorch modules do not cover.
     """
+    if not isinstance(config.entities, EntityEncoderConfig):
+        kind = type(config.entities).__name__
+        raise ConversionError(f"there are no PyTorch modules for GELLA with {kind}, only for colormaps")
+    if config.entities.key_padding or config.pad_position != "bottom_right":
+        raise ConversionError("the PyTorch modules of GELLA know no key_padding and no pad_position but bottom_right")
     folder = Path(folder)
     parts = {
         _LLM: [name for name in arrays if name.startswith("llm.")],

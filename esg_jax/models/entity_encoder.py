@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
 from esg_jax.models.backbones.swin import Swin, SwinConfig
@@ -29,12 +29,16 @@ class EntityEncoderConfig:
             its batch normalisation: colours of entities are far from ImageNet's statistics.
         resoblend: wiring and width.
         pixel_decoder, mask_decoder: CropFormer's, class-agnostic.
+        key_padding: queries of the mask decoder do not attend to the padding of the colormap. By default they may: the
+            paper takes Mask2Former's decoder "without modifications", and that has no such mask; padding is black, as
+            everything without an entity.
     """
 
     colormap_encoder: MobileNetV2Config | SwinConfig = MobileNetV2Config(train_affine=True)
     resoblend: ResoBlendConfig = ResoBlendConfig()
     pixel_decoder: PixelDecoderConfig = PixelDecoderConfig()
     mask_decoder: MaskDecoderConfig = MaskDecoderConfig()
+    key_padding: bool = False
 
     def __post_init__(self):
         check_widths(self.pixel_decoder, self.mask_decoder)
@@ -84,6 +88,7 @@ class EntityEncoder(nnx.Module):
         image_bghc: Float[Array, "b g1 g2 v"],
         colormap_bhwc: Float[Array, "b h w 3"],
         *,
+        valid_bhw: Bool[Array, "b h w"] | None = None,
         drop_path_key: Array | None = None,
         all_predictions: bool = True,
     ) -> EntityOutput:
@@ -92,22 +97,27 @@ class EntityEncoder(nnx.Module):
         Args:
             image_bghc: features of the image encoder; its grid covers the same square as the colormap.
             colormap_bhwc: RGB on the 0..255 scale, black where no entity is; sides are multiples of 32.
+            valid_bhw: which pixels of the colormap are not padding; needed, and used, with `key_padding` only.
             drop_path_key: for Swin encoders, see `CropFormer`.
             all_predictions: keep those of every decoder layer, as training needs.
 
         Raises:
-            ValueError: a side of the colormap is not a multiple of 32.
+            ValueError: a side of the colormap is not a multiple of 32, or `valid_bhw` is missing.
         """
         batch, height, width, _ = colormap_bhwc.shape
         if height % 32 or width % 32:
             raise ValueError(f"the colormap is {height}x{width}; both sides must be multiples of 32")
+        if not self.config.key_padding:
+            valid_bhw = None
+        elif valid_bhw is None:
+            raise ValueError("key_padding is set, so the size of the content is needed (valid_bhw)")
         colors = (colormap_bhwc - np.array(IMAGENET_MEAN, np.float32)) / np.array(IMAGENET_STD, np.float32)
         features = self.colormap_encoder(colors.astype(self.dtype), drop_path_key=drop_path_key)
         mask_features, maps = self.pixel_decoder(self.resoblend(image_bghc.astype(self.dtype), features))
         mask_features = mask_features.astype(jnp.float32)
         output, states = self.mask_decoder(
             self.mask_decoder.queries(batch).astype(self.dtype),
-            image_memory(mask_features, maps),
+            image_memory(mask_features, maps, valid_bhw),
             all_predictions=all_predictions,
         )
         embed = self.mask_decoder.norm(states).astype(jnp.float32)

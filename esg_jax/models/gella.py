@@ -26,6 +26,7 @@ from esg_jax.models.grounding_association import GroundingAssociation, Grounding
 from esg_jax.models.llama import Llama, LlamaConfig
 from esg_jax.models.llava import Projector, insert_image
 from esg_jax.models.lora import Lora, LoraConfig
+from esg_jax.ops.padding import check_pad_position, content_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,8 @@ class GellaConfig:
         image_size: side of the square image in pixels; CLIP's own, or a multiple of 32 for MobileNetV2.
         select_layer: of CLIP: -2 as LLaVA-1.5, whose projector was trained on it; the paper's text says the last.
         colormap: size and colours.
+        pad_position: where image and colormap are padded to squares: "bottom_right" as CropFormer's views, or "center"
+            (on all sides) as LLaVA's images. The paper does not say.
         llm: the language model, or None for the vision branch alone (reconstruction, Table 16).
         projector: "mlp2x_gelu" (LLaVA-1.5, from which GELLA starts) or "linear" (the paper's text).
         association: of nouns and entities.
@@ -52,6 +55,7 @@ class GellaConfig:
     image_size: int = 336
     select_layer: int = -2
     colormap: ColormapConfig = ColormapConfig()
+    pad_position: str = "bottom_right"
     llm: LlamaConfig | None = LlamaConfig()
     projector: str = "mlp2x_gelu"
     association: GroundingAssociationConfig = GroundingAssociationConfig()
@@ -67,6 +71,7 @@ class GellaConfig:
             )
         if isinstance(self.vision, MobileNetV2Config) and self.image_size % 32:
             raise ValueError(f"image_size is {self.image_size}; MobileNetV2 needs a multiple of 32")
+        check_pad_position(self.pad_position, "pad_position")
         if self.seg_hidden not in ("at", "predict"):
             raise ValueError(f"seg_hidden is {self.seg_hidden!r}; choose at or predict")
         if self.lora is not None and self.llm is None:
@@ -120,8 +125,7 @@ class VisionBranch(nnx.Module):
         """Zv: the image encoder's grid.
 
         Args:
-            image_bhwc: RGB on the 0..255 scale, longer side `image_size`, content at the top left, anything in the
-                padding.
+            image_bhwc: RGB on the 0..255 scale, longer side `image_size`, padded at `pad_position` with anything.
             size_b2: (height, width) before padding, in pixels.
 
         Raises:
@@ -140,9 +144,8 @@ class VisionBranch(nnx.Module):
         )
         image = (image_bhwc.astype(jnp.float32) - mean) / std
         # Zero after normalisation is the mean colour, with which LLaVA-1.5 pads.
-        rows = jnp.arange(side)[:, None, None] < size_b2[:, 0, None, None, None]
-        columns = jnp.arange(side)[:, None] < size_b2[:, 1, None, None, None]
-        image = jnp.where(rows & columns, image, 0.0).astype(self.dtype)
+        content = content_mask(side, side, size_b2, self.config.pad_position)
+        image = jnp.where(content[..., None], image, 0.0).astype(self.dtype)
         return self.image_encoder(image, self.config.select_layer) if clip else self.image_encoder(image)[-1]
 
     def entities(
@@ -151,6 +154,7 @@ class VisionBranch(nnx.Module):
         label_map_bhw: Int[Array, "b h w"],
         keys_b: Array,
         *,
+        size_b2: Int[Array, "b 2"] | None = None,
         drop_path_key: Array | None = None,
         all_predictions: bool = False,
     ) -> EntityOutput:
@@ -160,11 +164,15 @@ class VisionBranch(nnx.Module):
             vision_bghc: from `vision_tokens`.
             label_map_bhw: 0 none, 1.. entities; of any sides that are multiples of 32, usually `colormap.size`.
             keys_b: a typed key per image, for the colours.
+            size_b2: (height, width) of the label maps before padding; only `entities.key_padding` needs it.
             drop_path_key: see `EntityEncoder`.
             all_predictions: keep those of every decoder layer, as training needs.
         """
         colormap = colorize(label_map_bhw, keys_b, self.config.num_queries, self.config.colormap)
-        return self.entity_encoder(vision_bghc, colormap, drop_path_key=drop_path_key, all_predictions=all_predictions)
+        valid = None if size_b2 is None else content_mask(*label_map_bhw.shape[1:], size_b2, self.config.pad_position)
+        return self.entity_encoder(
+            vision_bghc, colormap, valid_bhw=valid, drop_path_key=drop_path_key, all_predictions=all_predictions
+        )
 
 
 class Gella(nnx.Module):

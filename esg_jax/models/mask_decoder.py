@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from esg_jax.models import layers
 from esg_jax.models.pixel_decoder import PixelDecoderConfig
@@ -78,15 +78,28 @@ class Memory:
         tokens: pixel decoder output.
         position: fixed encoding of every token.
         mask_features: mask features resized to this resolution, for the attention mask.
+        padding: tokens of padding alone, which no query may attend to; None lets it attend to all, as Mask2Former and
+            CropFormer do.
     """
 
     tokens: Float[Array, "n s c"]
     position: Float[Array, "s c"]
     mask_features: Float[Array, "n s m"]
+    padding: Bool[Array, "n s"] | None = None
 
 
-def image_memory(mask_features_nhwm: Float[Array, "n h w m"], maps: list[Float[Array, "n _h _w c"]]) -> list[Memory]:
-    """What the queries of single images attend to, from the pixel decoder's two outputs."""
+def image_memory(
+    mask_features_nhwm: Float[Array, "n h w m"],
+    maps: list[Float[Array, "n _h _w c"]],
+    valid_nyx: Bool[Array, "n y x"] | None = None,
+) -> list[Memory]:
+    """What the queries of single images attend to, from the pixel decoder's two outputs.
+
+    Args:
+        mask_features_nhwm, maps: of the pixel decoder.
+        valid_nyx: which pixels of the padded images are not padding, to mask keys with; at least one of each image.
+            The sides are multiples of those of all maps.
+    """
     # Attention masks never carry gradients, so neither do the features they are computed from.
     frozen = jax.lax.stop_gradient(mask_features_nhwm)
     return [
@@ -94,9 +107,15 @@ def image_memory(mask_features_nhwm: Float[Array, "n h w m"], maps: list[Float[A
             tokens=_flatten_cells(tokens),
             position=sine_position(*tokens.shape[1:]).reshape(-1, tokens.shape[-1]),
             mask_features=_flatten_cells(resize_bilinear(frozen, tokens.shape[1:3])),
+            padding=None if valid_nyx is None else ~_any_in_cell(valid_nyx, tokens.shape[1:3]),
         )
         for tokens in maps
     ]
+
+
+def _any_in_cell(x_nyx: Bool[Array, "n y x"], cells: tuple[int, int]) -> Bool[Array, "n s"]:
+    (count, height, width), (rows, columns) = x_nyx.shape, cells
+    return jnp.any(x_nyx.reshape(count, rows, height // rows, columns, width // columns), (2, 4)).reshape(count, -1)
 
 
 def _flatten_cells(x: Float[Array, "n h w c"]) -> Float[Array, "n s c"]:
@@ -118,7 +137,11 @@ class DecoderLayer(nnx.Module):
         logits = jnp.einsum("nqm,nsm->nqs", mask_embed_nqm, memory.mask_features, preferred_element_type=jnp.float32)
         blocked = jax.lax.stop_gradient(logits) < 0
         # A query that may see nothing may see everything, over all views together.
-        blocked &= ~jnp.all(blocked, axis=-1, keepdims=True)
+        if memory.padding is None:
+            blocked &= ~jnp.all(blocked, axis=-1, keepdims=True)
+        else:
+            padding = memory.padding[:, None]
+            blocked = padding | (blocked & ~jnp.all(blocked | padding, axis=-1, keepdims=True))
         x_nqc = self.cross(x_nqc, query_embed_qc, key, value, blocked)
         x_nqc = self.self_attention(x_nqc, query_embed_qc)
         return self.ffn(x_nqc)

@@ -149,6 +149,7 @@ def grounding_shapes(data: GroundingDataConfig) -> dict[str, jax.ShapeDtypeStruc
         "image": ((data.image_size, data.image_size, 3), jnp.uint8),
         "image_size": ((2,), jnp.int32),
         "label_map": ((data.map_size, data.map_size), jnp.int16),
+        "map_size": ((2,), jnp.int32),
         "ids": ((max(data.lengths),), jnp.int32),
         "answer": ((max(data.lengths),), jnp.bool_),
         "seg_pos": ((data.max_phrases,), jnp.int32),

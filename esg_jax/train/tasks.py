@@ -69,10 +69,10 @@ class GroundingTask:
 
     def inputs(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Everything for the tasks with phrases; a description trains the language model alone (section 5.3)."""
-        unused = {"map_size", "task"}
+        unused = {"task"}
         mixed = "reconstruct" in batch  # every sample has a task of its own, so the program is the same for all
         if "task" in batch and not mixed and int(batch["task"][0]) == DESCRIPTION:
-            unused |= {"label_map", "links", "linked", "seg_pos", "seg_valid"}
+            unused |= {"label_map", "map_size", "links", "linked", "seg_pos", "seg_valid"}
         return {name: value for name, value in batch.items() if name not in unused}
 
     def normalizers(self, batch: Batch) -> Any:
@@ -139,7 +139,8 @@ class GroundingTask:
         """
         mesh = jax.sharding.get_abstract_mesh()
         graph, state = nnx.split(model.visual)
-        images = {name: batch[name] for name in ("image", "image_size", "label_map", "reconstruct") if name in batch}
+        sizes = {name: batch[name] for name in ("image_size", "map_size") if name in batch}
+        images = sizes | {name: batch[name] for name in ("image", "label_map", "reconstruct") if name in batch}
 
         def local(state, images, keys, normalizers):
             branch = nnx.merge(graph, state)
@@ -147,7 +148,12 @@ class GroundingTask:
             if "label_map" not in images:
                 return (vision,)
             output = branch.entities(
-                vision, images["label_map"], keys[:, 0], drop_path_key=keys[:, 2], all_predictions=True
+                vision,
+                images["label_map"],
+                keys[:, 0],
+                size_b2=images.get("map_size"),
+                drop_path_key=keys[:, 2],
+                all_predictions=True,
             )
             loss, terms, assignment = loss_and_assignment(
                 output.masks, self._targets(images), keys[:, 1], self.config.reconstruction, normalizers=normalizers

@@ -1,5 +1,7 @@
 """Reconstruction on the command line: masks find back to the image's own geometry."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -7,6 +9,7 @@ from flax import nnx
 from esg_jax.inference.reconstruction import Reconstructor
 from esg_jax.input.records import Entities
 from esg_jax.models.gella import Gella
+from esg_jax.ops.padding import PAD_POSITIONS
 
 HEIGHT, WIDTH = 90, 130
 
@@ -30,14 +33,16 @@ def test_all_queries_at_the_resolution_of_the_image(reconstruct, entities, tiny_
     assert ((scores >= 0) & (scores <= 1)).all()
 
 
-def test_geometry(reconstruct, entities, monkeypatch):
+@pytest.mark.parametrize("pad_position", PAD_POSITIONS)
+def test_geometry(reconstruct, entities, monkeypatch, pad_position):
     """A network that gives back what is painted, at stride 4, gives back the masks."""
 
-    def painted(image, size, label_map):
+    def painted(image, size, label_map, map_size):
         cells = label_map.reshape(16, 4, 16, 4)
         return np.ones(2), np.stack([(cells == k).mean((1, 3)) - 0.5 for k in (1, 2)]).astype(np.float32)
 
     monkeypatch.setattr(reconstruct, "_run", painted)
+    monkeypatch.setattr(reconstruct, "config", dataclasses.replace(reconstruct.config, pad_position=pad_position))
     masks, _ = reconstruct(np.zeros((HEIGHT, WIDTH, 3), np.uint8), entities)
     for index, mask in enumerate(masks):
         truth = entities.mask(index)
