@@ -18,6 +18,7 @@ CUDA = pytest.param(
 IMPLEMENTATIONS = ["xla", "pallas_tpu", CUDA]
 SLOW_INTERPRETED = ["xla", pytest.param("pallas_tpu", marks=pytest.mark.slow), CUDA]
 SHAPES = ((3, 5), (1, 1), (7, 4))
+KINDS = ["random", "pixel centres", "pixel borders", "map borders", "outside", "huge"]
 
 
 def reference(values, shapes, locations, weights, grad_out=None):
@@ -114,7 +115,7 @@ def check_against_reference(args, shapes, implementation, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("kind", ["random", "pixel centres", "pixel borders", "map borders", "outside", "huge"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_locations(implementation, kind):
     values, locations, weights = example()
     check_against_reference((values, place(kind, locations, SHAPES), weights), SHAPES, implementation)
@@ -208,7 +209,16 @@ def test_query_chunks_change_nothing(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("kind", ["random", "pixel centres", "map borders", "outside", "huge"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_queries(kind):
+    """Fewer gathered rows than the map has take another XLA form."""
+    shapes = ((13, 17), (1, 1), (9, 4))
+    values, locations, weights = example(shapes, queries=5)
+    assert xla._few_queries(values, weights)
+    check_against_reference((values, place(kind, locations, shapes), weights), shapes, "xla")
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_packed_form_for_tpu(kind):
     """XLA's form for TPUs, which the dispatcher does not choose on the CPU of this test."""
     values, locations, weights = example()
@@ -232,7 +242,7 @@ def test_pallas_gpu(options, dtype, tolerance):
     """The Mosaic GPU kernel, interpreted off GPU. Every image has another kind of locations: callbacks are slow."""
     shapes = ((3, 5), (1, 1))
     values, locations, weights = example(shapes, **{"channels": 32, **options}, dtype=dtype)
-    kinds = ["random", "pixel centres", "pixel borders", "map borders", "outside", "huge"][: len(locations)]
+    kinds = KINDS[: len(locations)]
     locations = np.concatenate([place(kind, locations[i : i + 1], shapes) for i, kind in enumerate(kinds)])
     forward = functools.partial(pallas_gpu.forward, interpret=jax.default_backend() != "gpu")
     out = jax.jit(forward, static_argnums=1)(values, shapes, locations, weights)

@@ -8,6 +8,9 @@ Two nested scans bound memory. The outer one holds the K rows' indices and coeff
 must exist in memory, because XLA would otherwise fuse them into the gather and recompute them for every channel. The
 inner one holds the gathered rows of a few queries, which then stay in cache. The backward pass is written by hand: it
 gathers again instead of keeping rows, and adds into one float32 map that the scan updates in place.
+
+A decoder's few hundred queries gather less than that map holds. Rearranging the map would then cost more than all
+gathers, so they take one gather without scans.
 """
 
 import functools
@@ -77,6 +80,8 @@ def _linear_taps(location, size):
 
 def forward(values_bshd, shapes: Shapes, locations_bqhlp2, weights_bqhlp):
     """Output (B, Q, H*D) in the dtype of the values; see `api.deform_attn`, which checks the arguments."""
+    if _few_queries(values_bshd, weights_bqhlp):
+        return _forward_at_once(values_bshd, shapes, locations_bqhlp2, weights_bqhlp)
     batch, _, heads, channels = values_bshd.shape
     queries = locations_bqhlp2.shape[1]
     # Heads in front: a head's whole map is then contiguous, and small enough to stay in cache.
@@ -96,6 +101,8 @@ def forward(values_bshd, shapes: Shapes, locations_bqhlp2, weights_bqhlp):
 
 def backward(values_bshd, shapes: Shapes, locations_bqhlp2, weights_bqhlp, grad_out):
     """Gradients (values, locations, weights), all float32, for the gradient (B, Q, H*D) of the output."""
+    if _few_queries(values_bshd, weights_bqhlp):
+        return _vjp(_forward_at_once, values_bshd, shapes, locations_bqhlp2, weights_bqhlp, grad_out)
     batch, _, heads, channels = values_bshd.shape
     grad_bqhd = grad_out.astype(jnp.float32).reshape(batch, -1, heads, channels)
     args = (values_bshd, locations_bqhlp2, weights_bqhlp, grad_bqhd)
@@ -134,6 +141,25 @@ def _backward_heads(shapes, values_bshd, locations_bqhlp2, weights_bqhlp, grad_b
         pull_block, block, jnp.zeros(values_bhsd.shape, jnp.float32), (locations, weights, grad_bhqd)
     )
     return tuple(_swap_heads(a) for a in (grad_values_bhsd, *grads))
+
+
+def _few_queries(values_bshd, weights_bqhlp):
+    """Whether a head gathers at most as many rows as its map has. The forms are level at about 1.5 times as many."""
+    _, queries, _, levels, points = weights_bqhlp.shape
+    return 4 * queries * levels * points <= values_bshd.shape[1]
+
+
+def _forward_at_once(values_bshd, shapes, locations_bqhlp2, weights_bqhlp):
+    """`forward` by one gather from the map as it is."""
+    batch, _, heads, channels = values_bshd.shape
+    rows_bqhk, coefficients_bqhk = corner_rows(shapes, locations_bqhlp2, weights_bqhlp)
+
+    def take(values_shd, rows_qhk):
+        return values_shd.at[rows_qhk, np.arange(heads)[:, None]].get(mode="promise_in_bounds")
+
+    corners_bqhkd = jax.vmap(take)(values_bshd, rows_bqhk).astype(jnp.float32)
+    out_bqhd = jnp.einsum("bqhk,bqhkd->bqhd", coefficients_bqhk, corners_bqhkd, precision="highest")
+    return out_bqhd.reshape(batch, -1, heads * channels).astype(values_bshd.dtype)
 
 
 def packed_forward(values_bshd, shapes: Shapes, locations_bqhlp2, weights_bqhlp):
@@ -190,11 +216,16 @@ def _packed_rows(shapes, locations, weights):
 
 def packed_backward(values_bshd, shapes: Shapes, locations_bqhlp2, weights_bqhlp, grad_out):
     """`backward` of `packed_forward`."""
+    return _vjp(packed_forward, values_bshd, shapes, locations_bqhlp2, weights_bqhlp, grad_out)
+
+
+def _vjp(forward, values, shapes, locations, weights, grad_out):
+    """Float32 gradients by automatic differentiation."""
 
     def function(values, locations, weights):
-        return packed_forward(values, shapes, locations, weights)
+        return forward(values, shapes, locations, weights)
 
-    _, pull = jax.vjp(function, values_bshd.astype(jnp.float32), locations_bqhlp2, weights_bqhlp)
+    _, pull = jax.vjp(function, values.astype(jnp.float32), locations, weights)
     return pull(grad_out.astype(jnp.float32))
 
 
