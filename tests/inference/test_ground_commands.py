@@ -1,5 +1,7 @@
 """`esg ground` with the tiny GELLA: one good run, and what goes wrong before and while it runs."""
 
+import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -71,10 +73,58 @@ def test_categories(esg, tmp_path):
     assert record["task"] == "panoptic" and {segment["category"] for segment in record["segments"]} <= {"dog", "sky"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("masks", "text", "message"),
+    [
+        (np.zeros((40, 60), np.uint8), "a dog", "there are no masks to ground text in"),
+        (np.ones((60, 40), np.uint8), "a dog", "is 60x40 pixels, its image is 40x60 (height x width)"),
+        (np.ones((40, 60), np.uint8), "dog " * 200, "tokens with its picture, more than the 128 allowed; shorten it"),
+    ],
+    ids=["no masks", "another size", "long text"],
+)
+def test_what_one_image_cannot_be_asked(esg, folder, masks, text, message):
+    """One line that says what is wrong, and exit status 1."""
+    Image.fromarray(masks).save(folder / "odd.png")
+    status, _, err = esg("--text", text, "--phrases", "dog", image="images/0.png", masks="odd.png")
+    assert status == 1 and message in err and "Traceback" not in err
+    assert len(err.strip().splitlines()) == 2 and "1 of 1 images failed" in err
+
+
+@pytest.mark.slow
+def test_more_masks_than_queries(esg, folder, tmp_path, grounder):
+    """The largest are kept; the file says which were not."""
+    labels = np.kron(np.arange(1, 25).reshape(4, 6), np.ones((10, 10))).astype(np.uint8)
+    labels[:, :10] = 1
+    Image.fromarray(labels).save(folder / "many.png")
+    status, *_ = esg("--text", "a dog", "--phrases", "dog", image="images/0.png", masks="many.png")
+    (record,) = json.loads((tmp_path / "grounding.json").read_text())
+    kept = [entity for entity in record["entities"] if not entity.get("dropped")]
+    assert status == 0 and len(kept) == grounder.max_entities == 8 and kept[0]["id"] == 1
+    assert len(record["entities"]) == len(np.unique(labels))
+
+
+@pytest.mark.slow
+def test_a_word_that_is_not_in_the_image(esg, monkeypatch, grounder, tmp_path):
+    """Nothing scores high enough: "not found" instead of a random mask, in every way of asking."""
+    sober = copy.copy(grounder)
+    sober.config = dataclasses.replace(sober.config, threshold=1.0, min_score=1.0, empty_score=1.0)
+    monkeypatch.setattr(ground_commands, "open_grounder", lambda args: sober)
+    for arguments in (("--text", "a zebra", "--phrases", "zebra"), ("--refer", "zebra"), ("--question", "a zebra?")):
+        status, out, _ = esg(*arguments, "--no-pictures")
+        assert status == 0 and out.count("not found (best ") == 3
+        for record in json.loads((tmp_path / "grounding.json").read_text()):
+            (phrase,) = record["phrases"]
+            assert not phrase["found"] and phrase["mask_ids"] == [] and phrase["best_score"] <= 1
+            assert not coco_mask.decode(phrase["segmentation"]).any()
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
         (("--text", " "), {}, "--text is empty"),
+        (("--refer", ""), {}, "--refer is empty"),
+        (("--question", " "), {}, "--question is empty"),
         (("--refer", "x", "--phrases", "y"), {}, "--phrases goes with --text"),
         (("--categories", ","), {}, "--categories is empty"),
         (("--categories", "a", "--stuff", "b"), {}, "--stuff names 'b', which --categories lacks"),
