@@ -30,7 +30,7 @@ import eval as evaluation
 from esg_jax.config import from_dict
 from esg_jax.evaluation.config import EvalConfig
 from esg_jax.evaluation.report import format_value
-from esg_jax.evaluation.run import COLUMNS, images_of
+from esg_jax.evaluation.run import columns, images_of
 from esg_jax.input import grounding, pipeline
 from esg_jax.interop.convert import to_ours
 from esg_jax.interop.formats import detect
@@ -144,7 +144,8 @@ def check_recipe(config: RunConfig, recipe: EvalConfig | None) -> None:
     if recipe is not None:
         missing = [path for _, path in images_of(recipe) if not Path(path).is_file()]
         if missing:
-            raise FileNotFoundError(f"{len(missing)} images of {recipe.annotations} are missing, such as {missing[0]}")
+            file = recipe.annotations or recipe.captions
+            raise FileNotFoundError(f"{len(missing)} images of {file} are missing, such as {missing[0]}")
 
 
 def evaluate(
@@ -155,7 +156,7 @@ def evaluate(
     files = evaluation.predict(recipe, weights, out)
     if jax.process_index() == 0:
         scores = evaluation.score(recipe, files, out)["metrics"]
-        scores = {name: scores[name] for name in COLUMNS[recipe.task]}
+        scores = {name: scores[name] for name in columns(recipe)}
         writer.write(int(state.step), scores, prefix="eval/")
         line = ", ".join(f"{name} {format_value(value)}" for name, value in scores.items())
         log.info("evaluation at step %d: %s (%s)", int(state.step), line, duration(time.monotonic() - start))
