@@ -57,7 +57,11 @@ def predict(
         records = []
         for chunk in _chunks([texts.images[index] for index, _ in images], config.batch_size):
             scenes = look(grounder, masks, [image.record for image in chunk])
-            records += ask(config, grounder, texts.kind, list(zip(chunk, scenes, strict=True)))
+            try:
+                records += ask(config, grounder, texts.kind, list(zip(chunk, scenes, strict=True)))
+            except ValueError as error:  # a text that the model cannot take
+                names = ", ".join(image.record.name for image in chunk)
+                raise EvaluationError(f"{config.captions}, texts of {names}: {error}") from error
             advance(len(chunk))
         return records
     source = open_source(SourceConfig(_READERS[config.task], config.annotations, config.images, config.masks))

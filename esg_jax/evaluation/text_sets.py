@@ -112,19 +112,20 @@ def blank(size: Sequence[int]) -> dict[str, Any]:
     return {"size": list(size), "counts": rle.empty(size)["counts"].decode("ascii")}
 
 
-def answers(config: EvalConfig, files: Sequence[Path]) -> tuple[TextSet, list[tuple[str, list[dict[str, Any]]]], dict]:
-    """The texts, (id, scored phrases with `gt` and `pred`) of each, and the predictions as they are in the files.
+Answered = list[tuple[str, list[dict[str, Any]]]]
+
+
+def answers(config: EvalConfig, texts: TextSet, preds: dict[str, list[dict[str, Any]]], where: str) -> Answered:
+    """(id, scored phrases with `gt` and `pred`) of every text.
 
     Raises:
         EvaluationError: predictions of other texts than the ground truth has, or too few of one.
     """
-    texts, name = open_text_set(config), FIELD[config.task]
-    targets, preds = truth(texts, config), records_by_image(files, name)
+    targets = truth(texts, config)
     paired = preds
     if config.task == "narrative" and config.phrases == "generated" and set(targets) == set(preds):
         paired = {uid: _aligned(targets[uid], preds[uid]) for uid in targets}
-    where = ", ".join(map(str, files))
-    return texts, pair(targets, paired, name, config.captions, where), preds
+    return pair(targets, paired, FIELD[config.task], config.captions, where)
 
 
 def _aligned(wanted: list[dict[str, Any]], listed: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -138,7 +139,8 @@ def _aligned(wanted: list[dict[str, Any]], listed: list[dict[str, Any]]) -> list
 
 def score(config: EvalConfig, files: Sequence[Path], *, workers: int = 1) -> dict[str, Any]:
     """Results of saved answers."""
-    _, items, preds = answers(config, files)
+    preds = records_by_image(files, FIELD[config.task])
+    items = answers(config, open_text_set(config), preds, ", ".join(map(str, files)))
     if config.task == "referring":
         metric = ReferringSegmentation()
         return accumulate(metric, items, add_instances, workers=workers, description="cIoU / gIoU").result()
@@ -154,11 +156,12 @@ def score(config: EvalConfig, files: Sequence[Path], *, workers: int = 1) -> dic
 
 def drawings(config: EvalConfig, files: Sequence[Path]) -> Iterator[tuple[str, Path, np.ndarray, np.ndarray]]:
     """(title, image path, answered label map, annotated label map) of `grid_images` texts spread over the set."""
-    texts, items, _ = answers(config, files)
-    asked = {uid: (image.record, narrative) for image in texts.images for uid, narrative in image.texts}
-    chosen = np.unique(np.linspace(0, len(items) - 1, min(config.grid_images, len(items))).round().astype(int))
-    for uid, phrases in (items[index] for index in chosen):
-        record, narrative = asked[uid]
+    texts, preds = open_text_set(config), records_by_image(files, FIELD[config.task])
+    asked = [(image.record, uid, narrative) for image in texts.images for uid, narrative in image.texts]
+    chosen = np.unique(np.linspace(0, len(asked) - 1, min(config.grid_images, len(asked))).round().astype(int))
+    for record, uid, narrative in (asked[index] for index in chosen):
+        alone = dataclasses.replace(texts, images=[TextImage(record, ((uid, narrative),))])
+        ((_, phrases),) = answers(config, alone, {uid: preds[uid]}, ", ".join(map(str, files)))
         maps = []
         for role in ("pred", "gt"):
             out = np.full((record.height, record.width), -1, np.int16)

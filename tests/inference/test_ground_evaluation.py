@@ -223,6 +223,18 @@ def test_expressions_and_questions(evaluate, root):
 
 
 @pytest.mark.slow
+def test_a_text_longer_than_the_context(evaluate, root, tmp_path):
+    references = pickle.loads((root / "refs(unc).p").read_bytes())
+    references[0]["sentences"][0]["sent"] = "dog " * 200
+    (tmp_path / "refs.p").write_bytes(pickle.dumps(references, protocol=2))
+    made = config(root, "referring", captions=f"{tmp_path}/refs.p", annotations=f"{root}/instances.json")
+    with pytest.raises(
+        EvaluationError, match=r"refs\.p, texts of 1\.png: the text takes \d+ tokens .* the 128 allowed"
+    ):
+        evaluate(made)
+
+
+@pytest.mark.slow
 def test_categories(evaluate, root, tmp_path):
     records, scores = evaluate(config(root, "panoptic"))
     assert [record["image_id"] for record in records["annotations"]] == [1, 2] and 0 <= scores["PQ"] <= 1
