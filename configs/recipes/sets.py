@@ -92,6 +92,8 @@ for _name, _folder, _file, _splits in (
             captions=f"datasets/refer_seg/{_folder}/{_file}",
             images=f"{_COCO}/train2014",
             split=_split,
+            # Every expression of the first three means one thing, so silence is never right.
+            rules=() if _name == "grefcoco" else ("min_score=0.0",),
         )
 # Only the answers are annotated here, so masks of everything must come from elsewhere.
 for _split in ("val", "test"):
