@@ -89,13 +89,17 @@ class GellaConfig:
 
     @classmethod
     def vicuna_7b(cls, lora: LoraConfig | None = None) -> "GellaConfig":
-        """The paper's model: CLIP ViT-L/14 at 336 pixels, Vicuna-7B, MobileNetV2 for colormaps."""
-        return cls(lora=lora)
+        """The paper's model: CLIP ViT-L/14 at 336 pixels, Vicuna-7B, MobileNetV2 for colormaps.
+
+        Colormaps are far from ImageNet's statistics, so the MobileNetV2 follows theirs (the paper does not say).
+        """
+        encoder = MobileNetV2Config(train_affine=True, batch_statistics=True)
+        return cls(entities=EntityEncoderConfig(encoder), lora=lora)
 
     @classmethod
     def vicuna_13b(cls, lora: LoraConfig | None = None) -> "GellaConfig":
         """The same with Vicuna-13B."""
-        return cls(llm=LlamaConfig.llama_13b(), lora=lora)
+        return dataclasses.replace(cls.vicuna_7b(lora), llm=LlamaConfig.llama_13b())
 
 
 class VisionBranch(nnx.Module):

@@ -57,7 +57,7 @@ class RunConfig:
     init_optional: pattern of weights that `init_from` may lack; they start at random. By default the association
         module, which a Mask2Former checkpoint does not have.
     backbone_weights: a PyTorch checkpoint of a classifier, or "imagenet" for the packaged MobileNetV2. In GELLA it goes
-        to every MobileNetV2: the colormap encoder, and the image encoder if it is one.
+        to every MobileNetV2: the encoder of colormaps or masks, and the image encoder if it is one.
     llm_weights: GELLA's language model: a GGUF file, or "smollm2" for the packaged one.
     tokenizer: GELLA's: a file or folder for `esg_jax.text.tokenizers.open_tokenizer`, or "smollm2".
     frozen: pattern of weights that are not trained.
@@ -112,6 +112,8 @@ class RunConfig:
                 f"data.mapper {self.data.mapper!r} gives one view, but the model has an association module; use "
                 "'entity_crop', or model.association=None"
             )
+        if getattr(self.model.backbone, "batch_statistics", False):
+            raise ValueError("model.backbone.batch_statistics is for GELLA; CropFormer's step keeps statistics fixed")
         if self.data.class_agnostic and self.model.mask_decoder.num_classes != 1:
             raise ValueError(
                 f"model.mask_decoder.num_classes is {self.model.mask_decoder.num_classes}, but data.class_agnostic "

@@ -12,11 +12,12 @@ from jax.sharding import PartitionSpec as P
 
 from esg_jax.losses.cropformer import LossConfig, cropformer_loss, loss_and_assignment, loss_normalizers
 from esg_jax.losses.gella import GellaLossConfig, answer_loss, association_loss
+from esg_jax.models.backbones.frozen_norm import running_statistics, use_batch_statistics
 from esg_jax.models.colormap import pack_labels
 from esg_jax.models.cropformer import CropFormer
 from esg_jax.models.gella import Gella
 from esg_jax.train import sharding
-from esg_jax.train.step import Batch, Metrics
+from esg_jax.train.step import STATISTICS, Batch, Metrics
 
 # Number of the task in a batch, see `input.grounding_readers.TASKS`.
 DESCRIPTION = 0
@@ -91,7 +92,7 @@ class GroundingTask:
         config = self.config
         total, terms = jnp.zeros(()), {}
         keys = jax.vmap(lambda key: jax.random.split(key, 4))(keys)  # colours, points, drop path, adapters
-        vision = self._vision(model, batch, keys[:, :3], normalizers)
+        vision, statistics = self._vision(model, batch, keys[:, :3], normalizers)
         if "label_map" in batch:
             segmentation, terms, embed, assignment = vision[1:]
             total += config.segmentation * segmentation
@@ -114,7 +115,7 @@ class GroundingTask:
                 )
                 terms["loss_association"] = config.association * association
                 total += terms["loss_association"]
-        return total, terms
+        return total, terms | statistics
 
     def _targets(self, batch: Batch) -> dict[str, jax.Array]:
         """Reconstruction targets: the entities painted into the label maps."""
@@ -131,8 +132,8 @@ class GroundingTask:
             **mixed,
         }
 
-    def _vision(self, model: Gella, batch: Batch, keys: jax.Array, normalizers: Any) -> tuple:
-        """Image grid and, with label maps, the loss, its terms, E_vc and the assignment.
+    def _vision(self, model: Gella, batch: Batch, keys: jax.Array, normalizers: Any) -> tuple[tuple, dict]:
+        """Image grid and, with label maps, the loss, its terms, E_vc and the assignment; then statistics of the batch.
 
         Every device works on its own images, with the weights of this small branch whole: matching and kernels must
         not be partitioned, see `map_images`.
@@ -144,9 +145,11 @@ class GroundingTask:
 
         def local(state, images, keys, normalizers):
             branch = nnx.merge(graph, state)
+            # The only thing that crosses devices here: batch normalisation sees the whole batch.
+            use_batch_statistics(branch, () if mesh.empty else sharding.BATCH_AXES)
             vision = branch.vision_tokens(images["image"], images["image_size"])
             if "label_map" not in images:
-                return (vision,)
+                return (vision,), running_statistics(branch)
             output = branch.entities(
                 vision,
                 images["label_map"],
@@ -159,18 +162,20 @@ class GroundingTask:
                 output.masks, self._targets(images), keys[:, 1], self.config.reconstruction, normalizers=normalizers
             )
             sums = jax.tree.map(lambda x: x[None], (loss, terms))
-            return vision, *sums, output.embed, assignment
+            return (vision, *sums, output.embed, assignment), running_statistics(branch)
 
         if mesh.empty:
-            out = local(state, images, keys, normalizers)
+            out, statistics = local(state, images, keys, normalizers)
         else:
             axes = set(mesh.axis_names) if mesh.shape[sharding.MODEL] == 1 else set(sharding.BATCH_AXES)
             spec = sharding.BATCH_SPEC
-            out = jax.shard_map(
-                local, mesh=mesh, in_specs=(P(), spec, spec, P()), out_specs=spec, axis_names=axes, check_vma=False
-            )(state, images, keys, normalizers)
+            specs = dict(in_specs=(P(), spec, spec, P()), out_specs=(spec, P()))
+            run = jax.shard_map(local, mesh=mesh, **specs, axis_names=axes, check_vma=False)
+            out, statistics = run(state, images, keys, normalizers)
+        if statistics:
+            statistics = {STATISTICS: {f"visual.{name}": value for name, value in statistics.items()}}
         if len(out) == 1:
-            return out
+            return out, statistics
         vision, loss, terms, *rest = out
         loss, terms = jax.tree.map(lambda x: jnp.sum(x, axis=0), (loss, terms))
-        return vision, loss, terms, *rest
+        return (vision, loss, terms, *rest), statistics

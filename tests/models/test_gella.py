@@ -1,5 +1,7 @@
 """The whole GELLA at tiny size: shapes, what depends on what, and every loss through a training step."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 
 from esg_jax.losses.cropformer import LossConfig
 from esg_jax.losses.gella import GellaLossConfig
+from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
 from esg_jax.models.gella import Gella
 from esg_jax.train.optim import OptimConfig
 from esg_jax.train.sharding import make_mesh
@@ -21,7 +24,10 @@ LENGTH, NOUNS = 24, 3
 
 @pytest.fixture(scope="module")
 def config(tiny_gella_config):
-    return tiny_gella_config
+    """Batch statistics, so that devices have something to agree on; only steps see them."""
+    encoder = MobileNetV2Config(train_affine=True, batch_statistics=True)
+    entities = dataclasses.replace(tiny_gella_config.entities, colormap_encoder=encoder)
+    return dataclasses.replace(tiny_gella_config, entities=entities)
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +126,13 @@ def test_all_losses_are_there_and_weights_move(config, one_device):
         assert all(np.isfinite(value) for value in terms.values())
         total = sum(value for name, value in terms.items() if name.startswith("loss_"))
         np.testing.assert_allclose(terms["loss"], total, rtol=1e-5)
+    encoder = "visual.entity_encoder.colormap_encoder"
+    for name in ("stem.norm.mean", "blocks.0.depthwise.norm.var", "blocks.16.project.norm.mean"):
+        assert (np.asarray(state.constants[f"{encoder}.{name}"]) != name.endswith("var")).all(), f"{name} stands still"
 
 
 def test_eight_devices_equal_one(config, one_device):
-    """One step: at random weights attention masks hang on the last digit, so that later steps drift apart."""
+    """Batch statistics too. One step: with random weights attention masks hang on the last digit, so others drift."""
     _, expected = one_device
     _, losses = run_steps(train_step(config, (1, 4, 2)), [make_batch(config, 4, 0)])
     for name, value in expected[0].items():

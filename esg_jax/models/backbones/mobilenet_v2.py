@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from esg_jax.models.backbones.frozen_norm import FrozenBatchNorm
+from esg_jax.models.backbones.frozen_norm import BatchNorm, FrozenBatchNorm, RunningStat
 from esg_jax.models.backbones.resnet import ConvNorm, kaiming_fan_out
 from esg_jax.models.layers import remat as remat_if
 from esg_jax.ops.depthwise_conv import depthwise_conv3x3
@@ -35,7 +35,9 @@ class MobileNetV2Config:
     """Choices of the backbone.
 
     Attributes:
-        train_affine: train the scales and offsets of the batch normalisation, whose statistics stay fixed.
+        train_affine: train the scales and offsets of the batch normalisation.
+        batch_statistics: normalise with the statistics of the whole batch while training (SyncBN) and with their
+            running averages otherwise; False keeps those of the pretrained network. Only GELLA's training supports it.
         epsilon: of the batch normalisation; 1e-3 in weights trained with TensorFlow.
         same_padding: pad as TensorFlow does, where the zeros of stride-2 convolutions are at the bottom and right.
     """
@@ -43,6 +45,7 @@ class MobileNetV2Config:
     train_affine: bool = False
     epsilon: float = 1e-5
     same_padding: bool = False
+    batch_statistics: bool = False
 
     @classmethod
     def tensorflow(cls) -> "MobileNetV2Config":
@@ -63,7 +66,7 @@ def _relu6_jvp(primals, tangents):
 
 
 class DepthwiseConvNorm(nnx.Module):
-    """3x3 convolution per channel without bias, then frozen batch normalisation."""
+    """3x3 convolution per channel without bias, then batch normalisation, frozen but for `batch_statistics`."""
 
     def __init__(
         self,
@@ -73,6 +76,7 @@ class DepthwiseConvNorm(nnx.Module):
         train_affine: bool,
         epsilon: float,
         same_padding: bool,
+        batch_statistics: bool,
         rngs,
         dtype,
         param_dtype,
@@ -81,9 +85,8 @@ class DepthwiseConvNorm(nnx.Module):
         self.same_padding = same_padding
         self.dtype = dtype
         self.kernel = nnx.Param(kaiming_fan_out(rngs.params(), (3, 3, 1, channels), param_dtype))
-        self.norm = FrozenBatchNorm(
-            channels, train_affine=train_affine, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype
-        )
+        norm = BatchNorm if batch_statistics else FrozenBatchNorm
+        self.norm = norm(channels, train_affine=train_affine, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype)
 
     def __call__(self, x_bhwc):
         # TensorFlow pads an even side by one in all when the stride is 2.
@@ -124,7 +127,12 @@ class MobileNetV2(nnx.Module):
     ):
         """Creates the parameters; `remat` recomputes every block in the backward pass."""
         kwargs = dict(
-            train_affine=config.train_affine, epsilon=config.epsilon, rngs=rngs, dtype=dtype, param_dtype=param_dtype
+            train_affine=config.train_affine,
+            batch_statistics=config.batch_statistics,
+            epsilon=config.epsilon,
+            rngs=rngs,
+            dtype=dtype,
+            param_dtype=param_dtype,
         )
         self.remat = remat
         self.stem = ConvNorm(3, _STEM, 3, 2, padding="SAME" if config.same_padding else None, **kwargs)
@@ -151,7 +159,16 @@ class MobileNetV2(nnx.Module):
         x = relu6(self.stem(image_bhwc))
         outputs = []
         for index, block in enumerate(self.blocks):
-            x = remat_if(lambda block, x: block(x), self.remat)(block, x)
+            x, statistics = remat_if(_run_block, self.remat)(block, x)
+            if statistics is not None:  # `jax.checkpoint` works on a copy of the block
+                nnx.update(block, statistics)
             if index in self.taps:
                 outputs.append(x)
         return tuple(outputs)
+
+
+def _run_block(block: InvertedResidual, x: Array) -> tuple[Array, nnx.State | None]:
+    """The block's output and, while it normalises with them, the statistics of the batch."""
+    y, norm = block(x), block.project.norm
+    observed = isinstance(norm, BatchNorm) and norm.axes is not None
+    return y, nnx.state(block, RunningStat) if observed else None

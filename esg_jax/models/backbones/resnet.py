@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from esg_jax.models.backbones.frozen_norm import FrozenBatchNorm
+from esg_jax.models.backbones.frozen_norm import BatchNorm, FrozenBatchNorm
 from esg_jax.models.layers import remat as remat_if
 
 kaiming_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -36,7 +36,9 @@ class ResNetConfig:
 
 
 class ConvNorm(nnx.Module):
-    """Convolution without bias, then frozen batch normalisation; by default k // 2 zeros on every side, as in PyTorch.
+    """Convolution without bias, then batch normalisation; by default k // 2 zeros on every side, as in PyTorch.
+
+    The normalisation is frozen but for `batch_statistics`, see `frozen_norm`.
 
     1x1 convolutions run as one flat matrix product, whose gradient is several times faster on CPU.
     """
@@ -51,6 +53,7 @@ class ConvNorm(nnx.Module):
         train_affine: bool,
         epsilon: float = 1e-5,
         padding: str | None = None,
+        batch_statistics: bool = False,
         rngs,
         dtype,
         param_dtype,
@@ -67,9 +70,8 @@ class ConvNorm(nnx.Module):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.norm = FrozenBatchNorm(
-            outputs, train_affine=train_affine, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype
-        )
+        norm = BatchNorm if batch_statistics else FrozenBatchNorm
+        self.norm = norm(outputs, train_affine=train_affine, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype)
         self.kernel_size, self.stride, self.dtype = kernel, stride, dtype
 
     def __call__(self, x_bhwc):
