@@ -2,17 +2,29 @@
 
     python benchmarks/deform_attn.py                       # CPU or GPU, whatever JAX finds; PyTorch rows when installed
     python benchmarks/deform_attn.py --shapes encoder --rounds 5 --dtype bfloat16
+    python benchmarks/deform_attn.py --shapes decoder300 --model 800 1344     # also a full forward pass of CropFormer
 
 Rounds alternate between the contenders, so that a disturbance hits all of them; the table shows medians. Before each
 timed call comes an untimed one of the same contender: whoever follows the corner gather would otherwise pay for its
 gigabytes (cold caches, pages handed back). Outputs are compared before anything is timed. Estimates for TPUs, from the
 compiler alone: deform_attn_tpu.py.
+
+Columns: "compulsory" moves every input and output once; "gathered" counts the rows of all corners, mostly from caches;
+FLOP/s count multiplications and additions of channels, not the arithmetic of positions. Percentages are of the
+device's limits: data sheets, or on a CPU what a copy and a matrix product reach here. Peak memory is what a call needs
+beyond its inputs: by XLA's plan, by PyTorch's CUDA allocator, or for PyTorch on a CPU by resident memory.
 """
 
 import argparse
+import ctypes
+import dataclasses
 import functools
+import re
 import statistics
 import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -30,9 +42,39 @@ SHAPES = {
     "decoder900": (LEVELS, 900),
     "small": (((10, 10), (20, 20), (40, 40)), None),
 }
-# Bytes/s of main memory, from the vendors' data sheets.
-BANDWIDTH = {"A100-SXM4-40GB": 1.555e12, "A100": 2.039e12, "H100": 3.35e12, "H200": 4.8e12, "v4": 1.2e12}
-BANDWIDTH |= {"v5e": 8.2e11, "v5p": 2.765e12, "v6e": 1.64e12}
+# Start of the device's name: (bytes/s of main memory, FLOP/s), from data sheets: float32 without tensor cores on GPUs,
+# bfloat16 on TPUs.
+LIMITS = {
+    "NVIDIA A100-SXM4-40GB": (1.555e12, 19.5e12),
+    "NVIDIA A100": (2.039e12, 19.5e12),
+    "NVIDIA H100": (3.35e12, 66.9e12),
+    "NVIDIA H200": (4.8e12, 66.9e12),
+    "TPU v4": (1.2e12, 275e12),
+    "TPU v5 lite": (8.2e11, 197e12),
+    "TPU v5": (2.765e12, 459e12),
+    "TPU v6 lite": (1.64e12, 918e12),
+}
+
+
+@dataclasses.dataclass
+class Contender:
+    """`call` may return before the result is there; `wait` waits for it."""
+
+    call: Callable
+    wait: Callable
+    peak_bytes: int | None
+
+    def result(self):
+        result = self.call()
+        self.wait(result)
+        return result
+
+    def seconds(self, calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = self.call()
+        self.wait(result)
+        return (time.perf_counter() - start) / calls
 
 
 def make_inputs(levels, queries, batch, heads, channels, points, sigma, dtype, seed=0):
@@ -62,8 +104,6 @@ def corner_gather(values, levels, locations, weights):
 
 
 def jax_contender(function, levels, args, gradient):
-    """(call, temporary bytes) of a compiled JAX function."""
-
     def forward(values, locations, weights):
         return function(values, levels, locations, weights)
 
@@ -71,9 +111,15 @@ def jax_contender(function, levels, args, gradient):
         out, pull = jax.vjp(forward, values, locations, weights)
         return out, pull(out)
 
-    compiled = jax.jit(forward_backward if gradient else forward).lower(*args).compile()
+    return compiled_contender(forward_backward if gradient else forward, args)
+
+
+def compiled_contender(function, args):
+    compiled = jax.jit(function).lower(*args).compile()
     memory = compiled.memory_analysis()
-    return lambda: jax.block_until_ready(compiled(*args)), memory.temp_size_in_bytes
+    return Contender(
+        lambda: compiled(*args), jax.block_until_ready, memory.temp_size_in_bytes + memory.output_size_in_bytes
+    )
 
 
 def torch_contender(levels, args, gradient, compile_it):
@@ -106,40 +152,65 @@ def torch_contender(levels, args, gradient, compile_it):
     def call():
         with torch.set_grad_enabled(gradient):
             out = forward(*leaves)
-            result = out, torch.autograd.grad(out, leaves, out.detach()) if gradient else None
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return result
+            return out, torch.autograd.grad(out, leaves, out.detach()) if gradient else None
 
+    call()  # compiles
     if device == "cpu":
-        return call, None
+        return Contender(call, lambda result: None, resident_peak(call))
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
-    return call, torch.cuda.max_memory_allocated() - before
+    return Contender(call, lambda result: torch.cuda.synchronize(), torch.cuda.max_memory_allocated() - before)
+
+
+def resident_peak(call):
+    """Bytes by which a call raises the resident memory of this process; None where Linux does not tell."""
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not reset.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed and the allocator kept would not count again
+    reset.write_text("5")  # the high-water mark starts again at what is resident now
+    before = int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1])
+    call()
+    return (int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) - before) * 1024
+
+
+def implementations():
+    """name -> function(values, levels, locations, weights) of all that run here."""
+    names = available_implementations()
+    return {"corner gather": corner_gather} | {
+        name: functools.partial(deform_attn, implementation=name) for name in names
+    }
 
 
 def contenders(options, levels, args, gradient):
-    """name -> (call, temporary bytes or None); an implementation that refuses the shape is reported and left out."""
-    functions = {"corner gather": corner_gather}
-    for name in available_implementations():
-        functions[name] = functools.partial(deform_attn, implementation=name)
-    result = {}
-    for name, function in functions.items():
-        try:
-            result[name] = jax_contender(function, levels, args, gradient)
-        except ValueError as error:
-            print(f"{name}: {error}")
+    """name -> contender. One that refuses the shape, or fails, is reported and left out: the others still count."""
+    makers = {
+        name: functools.partial(jax_contender, function, levels, args, gradient)
+        for name, function in implementations().items()
+    }
     try:
         import torch
+
+        torch.set_num_threads(options.threads or torch.get_num_threads())
+        makers["torch"] = functools.partial(torch_contender, levels, args, gradient, False)
+        if options.torch_compile:
+            makers["torch.compile"] = functools.partial(torch_contender, levels, args, gradient, True)
     except ImportError:
         print("torch is not installed: no PyTorch rows")
-        return result
-    torch.set_num_threads(options.threads or torch.get_num_threads())
-    for name, compile_it in (("torch", False), ("torch.compile", True)):
-        if compile_it and not options.torch_compile:
-            continue
-        result[name] = torch_contender(levels, args, gradient, compile_it)
+    return build(makers)
+
+
+def build(makers):
+    result = {}
+    for name, make in makers.items():
+        try:
+            result[name] = make()
+            result[name].result()
+        except Exception as error:
+            result.pop(name, None)
+            print(f"{name}: {type(error).__name__}: {error}")
     return result
 
 
@@ -153,8 +224,7 @@ def to_numpy(result):
 
 def largest_difference(result, expected):
     """Largest error over the output and gradients, relative to the largest value of each (at least 1)."""
-    pairs = zip(to_numpy(result), to_numpy(expected), strict=True)
-    return max(np.abs(a - b).max() / max(1.0, np.abs(b).max()) for a, b in pairs)
+    return max(np.abs(a - b).max() / max(1.0, np.abs(b).max()) for a, b in zip(result, expected, strict=True))
 
 
 def compulsory_bytes(args, gradient):
@@ -165,42 +235,116 @@ def compulsory_bytes(args, gradient):
     return forward if not gradient else 2 * forward + values + locations + weights
 
 
+def gathered_bytes(args, gradient):
+    """Rows of all corners, read once per pass, and as many bytes of updates in the backward pass."""
+    values, _, weights = args
+    return 4 * weights.size * values.shape[-1] * values.dtype.itemsize * (3 if gradient else 1)
+
+
+def channel_flops(args, gradient):
+    """A multiplication and an addition per corner and channel; two of each in the backward pass."""
+    return 2 * 4 * args[2].size * args[0].shape[-1] * (3 if gradient else 1)
+
+
+@functools.cache
+def device_limits():
+    """(bytes/s, FLOP/s) or None."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return next((limits for name, limits in LIMITS.items() if device.device_kind.startswith(name)), None)
+    array, matrix = jnp.ones(64 << 20, jnp.float32), jnp.ones((2048, 2048))
+    copy, product = compiled_contender(lambda a: a + 1, (array,)), compiled_contender(jnp.matmul, (matrix, matrix))
+    copied, multiplied = (min(contender.seconds(1) for _ in range(5)) for contender in (copy, product))
+    return 2 * array.nbytes / copied, 2 * 2048**3 / multiplied
+
+
+def median_seconds(calls, rounds):
+    """Rounds alternate between the contenders, each warmed up by an untimed call."""
+    # Accelerators queue calls, which hides the time of launching them.
+    repeats = 1 if jax.default_backend() == "cpu" else 20
+    times = {key: [] for key in calls}
+    for _ in range(rounds):
+        for key, contender in calls.items():
+            contender.result()
+            times[key].append(contender.seconds(repeats))
+    return {key: statistics.median(values) for key, values in times.items()}
+
+
 def measure(options, name, gradient):
     levels, queries = SHAPES[name]
     dtype = jnp.dtype(options.dtype)
     args = make_inputs(levels, queries, options.batch, options.heads, options.channels, 4, options.sigma, dtype)
     calls = contenders(options, levels, args, gradient)
     baseline = "torch" if "torch" in calls else "corner gather"
-    expected = calls[baseline][0]()
-    errors = {key: largest_difference(call(), expected) for key, (call, _) in calls.items()}
-    times = {key: [] for key in calls}
-    for _ in range(options.rounds):
-        for key, (call, _) in calls.items():
-            call()
-            start = time.perf_counter()
-            call()
-            times[key].append(time.perf_counter() - start)
-    medians = {key: statistics.median(values) for key, values in times.items()}
-    device = jax.devices()[0].device_kind
-    limit = next((value for key, value in BANDWIDTH.items() if key in device), None)
-    moved = compulsory_bytes(args, gradient)
+    expected = to_numpy(calls[baseline].result())
+    errors = {key: largest_difference(to_numpy(contender.result()), expected) for key, contender in calls.items()}
+    medians = median_seconds(calls, options.rounds)
+    work = compulsory_bytes(args, gradient), channel_flops(args, gradient)
     print(
         f"\n{name}, batch {options.batch}, {args[1].shape[1]} queries, {options.heads} heads x {options.channels}, "
-        f"{dtype.name}, {'forward + backward' if gradient else 'forward'}, {device}"
+        f"{dtype.name}, {'forward + backward' if gradient else 'forward'}, {jax.devices()[0].device_kind}"
     )
-    print(
-        "| implementation | ms | x corner gather | x torch | compulsory GB/s | of device | temporary MB | max error |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ["implementation", "ms", "x corner gather", "x torch", "x torch.compile", "compulsory GB/s"]
+    columns += ["gathered GB/s", "GFLOP/s", "peak MB", "max error"]
+    print_row(columns)
+    print_row(["---"] * len(columns))
     for key, seconds in medians.items():
-        share = f"{moved / seconds / limit:.1%}" if limit else "-"
-        versus = f"{medians['torch'] / seconds:.2f}" if "torch" in medians else "-"
-        temporary = "-" if calls[key][1] is None else f"{calls[key][1] / 1e6:.0f}"
-        print(
-            f"| {key} | {seconds * 1e3:.2f} | {medians['corner gather'] / seconds:.2f} | {versus} "
-            f"| {moved / seconds / 1e9:.1f} | {share} | {temporary} | {errors[key]:.1e} |",
-            flush=True,
+        memory, flops = (
+            f"{amount / seconds / 1e9:.1f}"
+            + (f" ({amount / seconds / device_limits()[i]:.1%})" if device_limits() else "")
+            for i, amount in enumerate(work)
         )
+        cells = [key, f"{seconds * 1e3:.2f}", *ratios(medians, seconds), memory]
+        cells += [f"{gathered_bytes(args, gradient) / seconds / 1e9:.1f}", flops, megabytes(calls[key].peak_bytes)]
+        print_row([*cells, f"{errors[key]:.1e}"])
+
+
+def ratios(medians, seconds):
+    """How many times faster than each baseline."""
+    baselines = ("corner gather", "torch", "torch.compile")
+    return [f"{medians[name] / seconds:.2f}" if name in medians else "-" for name in baselines]
+
+
+def megabytes(count):
+    return "-" if count is None else f"{count / 1e6:.0f}"
+
+
+def print_row(cells):
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def measure_model(options):
+    """Forward pass of CropFormer Swin-T, random weights, on an image and four crops, with every implementation."""
+    from flax import nnx
+
+    from esg_jax.models.cropformer import CropFormer, CropFormerConfig
+
+    height, width = options.model
+    dtype = jnp.dtype(options.dtype)
+    model = CropFormer(CropFormerConfig.swin_tiny(), rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+    graph, state = nnx.split(model)
+    views = jax.random.randint(jax.random.key(0), (1, 5, height, width, 3), 0, 256).astype(jnp.uint8)
+    args = state, views, jnp.full((1, 5, 2), jnp.array([height, width]))
+
+    def make(function):
+        def forward(state, views, sizes):
+            output = nnx.merge(graph, state)(views, sizes, all_predictions=False)
+            return output.batch.logits, output.batch_mask_logits()
+
+        with mock.patch("esg_jax.models.pixel_decoder.deform_attn", function):
+            return compiled_contender(forward, args)
+
+    calls = build({name: functools.partial(make, function) for name, function in implementations().items()})
+    expected = to_numpy(calls["xla"].result())
+    print(f"\nCropFormer Swin-T, 5 views of {height}x{width}, {dtype.name}, forward, {jax.devices()[0].device_kind}")
+    columns = ["implementation", "ms", "x corner gather", "peak MB", "max error"]
+    print_row(columns)
+    print_row(["---"] * len(columns))
+    medians = median_seconds(calls, options.rounds)
+    for key, seconds in medians.items():
+        error = largest_difference(to_numpy(calls[key].result()), expected)
+        cells = [key, f"{seconds * 1e3:.2f}", ratios(medians, seconds)[0], megabytes(calls[key].peak_bytes)]
+        print_row([*cells, f"{error:.1e}"])
 
 
 def main():
@@ -213,11 +357,14 @@ def main():
     parser.add_argument("--sigma", type=float, default=4.0, help="standard deviation of the offsets in pixels")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--threads", type=int, help="PyTorch CPU threads")
-    parser.add_argument("--torch-compile", action="store_true")
+    parser.add_argument("--torch-compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--model", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="CropFormer on such an image")
     options = parser.parse_args()
     for name in options.shapes:
         for gradient in (False, True):
             measure(options, name, gradient)
+    if options.model:
+        measure_model(options)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """Deformable attention on TPU, from the compiler alone: no TPU is needed, and nothing here is a measured time.
 
     python benchmarks/deform_attn_tpu.py v5e v6e            # pip install "esg_jax[tpu]" for libtpu
+    python benchmarks/deform_attn_tpu.py v4 v5p --shapes decoder300 decoder900 --forms pallas_tpu
 
 For XLA forms: bytes accessed / memory bandwidth, a lower bound (gather latency and serialised scatters not included).
 For the Pallas kernels: the compiler's final schedule, one bundle per cycle, loop bodies times the number of row chunks
-that random offsets visit, without stalls; plus the bytes of the surrounding layout preparation / bandwidth.
+that random offsets visit, without stalls; plus the bytes of the surrounding layout preparation / bandwidth. A v4 or v5p
+is one device of two cores, and each takes half of the heads.
 """
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -15,24 +18,31 @@ import sys
 import tempfile
 from pathlib import Path
 
-TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+# name, and options of `get_topology_desc`; two cores of a v4 are one device unless one asks otherwise.
+TOPOLOGIES = {
+    "v4": ("v4:2x2x1", dict(chip_config_name="megacore")),
+    "v5e": ("v5e:2x2", {}),
+    "v5p": ("v5p:2x2x1", {}),
+    "v6e": ("v6e:2x2", {}),
+}
 # Hz (the compiler's clock model is not public: assumed), bytes/s
 CLOCK = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 BANDWIDTH = {"v4": 1.2e12, "v5e": 8.2e11, "v5p": 2.765e12, "v6e": 1.64e12}
 FORMS = ("pallas_tpu", "xla packed", "corner gather")
 
 
-def compile_form(generation, form, gradient, levels, sigma):
+def compile_form(generation, shape, form, gradient, sigma):
     """Runs in a process of its own, since dump flags are read once; prints `name value` pairs."""
     import jax
     import numpy as np
-    from deform_attn import corner_gather, make_inputs
+    from deform_attn import SHAPES, corner_gather, make_inputs
     from jax import numpy as jnp
     from jax.experimental import topologies
 
     from esg_jax.ops.deform_attn import pallas_tpu, xla
 
-    args = make_inputs(levels, None, 1, 8, 32, 4, sigma, jnp.bfloat16)
+    levels, queries = SHAPES[shape]
+    args = make_inputs(levels, queries, 1, 8, 32, 4, sigma, jnp.bfloat16)
     functions = {
         "pallas_tpu": (lambda v, *a: pallas_tpu.forward(v, levels, *a), pallas_tpu.backward),
         "xla packed": (lambda v, *a: xla.packed_forward(v, levels, *a), xla.packed_backward),
@@ -46,7 +56,8 @@ def compile_form(generation, form, gradient, levels, sigma):
             return out, pull(grad)
         return forward(values, locations, weights), backward(values, levels, locations, weights, grad)
 
-    devices = topologies.get_topology_desc(TOPOLOGIES[generation], "tpu").devices
+    topology, topology_options = TOPOLOGIES[generation]
+    devices = topologies.get_topology_desc(topology, "tpu", **topology_options).devices
     mesh = jax.sharding.Mesh(np.array(devices[:1]), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     abstract = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in args]
@@ -59,7 +70,8 @@ def compile_form(generation, form, gradient, levels, sigma):
     for level, (height, width) in enumerate(levels):
         x, y, _ = pallas_tpu._lanes(args[1], args[2], level, height, width)
         first, last = pallas_tpu._chunk_range(x, y, height, width)
-        print("chunks", np.asarray(jnp.maximum(last - first, 0)).sum(), "steps", first.size)
+        per_core = jnp.maximum(last - first, 0).reshape(devices[0].num_cores, -1)
+        print("chunks", per_core.sum(1).max(), "steps", per_core.shape[1])
 
 
 def kernel_bundles(folder):
@@ -79,7 +91,8 @@ def kernel_bundles(folder):
     return kernels
 
 
-def estimate(generation, form, gradient, sigma):
+def estimate(generation, shape, form, gradient, sigma, verbose):
+    kind = "fwd+bwd" if gradient else "fwd"
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final.*"
         environment = dict(os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
@@ -87,10 +100,11 @@ def estimate(generation, form, gradient, sigma):
         environment.pop("JAX_COMPILATION_CACHE_DIR", None)
         if form == "pallas_tpu":
             environment["LIBTPU_INIT_ARGS"] = flags
-        command = [sys.executable, __file__, "--child", generation, form, str(int(gradient)), str(sigma)]
+        command = [sys.executable, __file__, "--child", generation, shape, form, str(int(gradient)), str(sigma)]
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         if result.returncode:
-            return f"| {generation} | {form} | {'fwd+bwd' if gradient else 'fwd'} | does not compile | | |"
+            print(result.stderr[-2000:], file=sys.stderr)
+            return f"| {generation} | {shape} | {form} | {kind} | does not compile | | |"
         words = [line.split() for line in result.stdout.splitlines()]
         facts = {line[0]: float(line[1]) for line in words if line[0] in ("peak", "bytes")}
         chunks = [(int(line[1]), int(line[3])) for line in words if line[0] == "chunks"]
@@ -102,6 +116,10 @@ def estimate(generation, form, gradient, sigma):
             # Dumps name no level: forward loops are shorter than backward ones, and longer on later (wider) levels.
             kernels.sort(key=lambda kernel: kernel[1])
             per_kernel = chunks * (2 if gradient else 1)
+            if verbose:
+                print(
+                    "bundles per grid step, per chunk; chunks, steps of a core:", *zip(kernels, per_kernel, strict=True)
+                )
             schedule = (
                 sum(
                     steps * fixed + count * body
@@ -110,28 +128,30 @@ def estimate(generation, form, gradient, sigma):
                 / CLOCK[generation]
             )
     total = f"{(schedule + memory_time) * 1e3:.1f} = {schedule * 1e3:.1f} schedule + {memory_time * 1e3:.1f} memory"
-    kind = "fwd+bwd" if gradient else "fwd"
-    return f"| {generation} | {form} | {kind} | {total} | {facts['peak'] / 1e6:.0f} | {facts['bytes'] / 1e9:.2f} |"
+    gigabytes = f"{facts['bytes'] / 1e9:.2f}"
+    return f"| {generation} | {shape} | {form} | {kind} | {total} | {facts['peak'] / 1e6:.0f} | {gigabytes} |"
 
 
 def main():
-    from deform_attn import LEVELS
-
     if sys.argv[1:2] == ["--child"]:
-        generation, form, gradient, sigma = sys.argv[2:]
-        compile_form(generation, form, gradient == "1", LEVELS, float(sigma))
+        generation, shape, form, gradient, sigma = sys.argv[2:]
+        compile_form(generation, shape, form, gradient == "1", float(sigma))
         return
+    from deform_attn import SHAPES
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("generations", nargs="+", choices=TOPOLOGIES)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["encoder"])
     parser.add_argument("--sigma", type=float, default=4.0, help="standard deviation of the offsets in pixels")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS)
+    parser.add_argument("--verbose", action="store_true", help="also print bundles and chunks of every kernel")
     options = parser.parse_args()
-    print("COMPILE-TIME ESTIMATES, nothing ran on a TPU. Encoder shape, one image, bfloat16 values.")
-    print("| TPU | form | pass | ms, estimated | peak MB | GB moved |\n|---|---|---|---|---|---|")
-    for generation in options.generations:
-        for form in options.forms:
-            for gradient in (False, True):
-                print(estimate(generation, form, gradient, options.sigma), flush=True)
+    print("COMPILE-TIME ESTIMATES, nothing ran on a TPU. One image, bfloat16 values.")
+    print("| TPU | shape | form | pass | ms, estimated | peak MB | GB moved |\n|---|---|---|---|---|---|---|")
+    for generation, shape, form, gradient in itertools.product(
+        options.generations, options.shapes, options.forms, (False, True)
+    ):
+        print(estimate(generation, shape, form, gradient, options.sigma, options.verbose), flush=True)
 
 
 if __name__ == "__main__":
