@@ -7,13 +7,14 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from esg_jax.models.entity_variants import VARIANTS
 from esg_jax.models.lora import LoraConfig
 from esg_jax.train.config import RunConfig
 from esg_jax.train.step import StepConfig
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 PLAIN = ("cropformer_r50", "cropformer_swin_l", "cropformer_swin_t", "demo", "entity_mini", "quickstart", "tiny")
-GELLA = ("gella_quickstart", "gella_reconstruction", "gella_vicuna_7b", "gella_vicuna_13b")
+GELLA = ("gella_quickstart", "gella_reconstruction", "gella_variants", "gella_vicuna_7b", "gella_vicuna_13b")
 MASK2FORMER = ("mask2former_entity", "mask2former_instance", "mask2former_panoptic", "mask2former_semantic")
 
 
@@ -56,6 +57,15 @@ def test_reference_schedules():
         assert (run.data.batch_size, run.loop.total_steps) == (batch, steps)
         assert (run.optim.learning_rate, run.optim.schedule, run.optim.clip_norm) == (1e-4, "poly", 0.01)
     assert load("mask2former_panoptic")[1].optim.learning_rate == 5e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_of_gella(variant):
+    _, run = load("gella_variants", f"{variant},folder")
+    assert type(run.model.entities) is type(VARIANTS[variant]) and run.model.num_queries == 40
+    assert run.data.sources["captions"]["images"] == "folder"
+    with pytest.raises(ValueError, match="unknown variant 'crops'"):
+        load("gella_variants", "crops")
 
 
 def test_no_config_is_forgotten():

@@ -56,7 +56,8 @@ class Grounder:
         seed: of the colours.
 
     Raises:
-        ValueError: a model without language, or one whose special tokens are not the tokenizer's.
+        ValueError: a model without language, one whose special tokens are not the tokenizer's, or reconstructed masks
+            of one that has none.
     """
 
     def __init__(
@@ -74,6 +75,8 @@ class Grounder:
     ):
         if model.config.llm is None:
             raise ValueError("this model has no language branch (llm is None); it can only reconstruct masks")
+        if config is not None and config.output_masks == "reconstructed" and not model.config.reconstructs:
+            raise ValueError(f"{type(model.config.entities).__name__} reconstructs no masks; set output_masks to input")
         if nouns not in ("model", "rule"):
             raise ValueError(f"nouns is {nouns!r}; choose model or rule")
         for name in ("image_id", "seg_id"):
@@ -170,6 +173,10 @@ class Grounder:
         def with_colors(key):
             keys = jnp.broadcast_to(key, len(image_bhwc))
             output = model.entities(vision, label_map_bhw, keys, size_b2=map_size_b2)
+            if output.masks is None:  # entity k has embedding k
+                present = output.present.astype(jnp.float32)
+                iou = jnp.eye(self.max_entities) * present[:, None]
+                return {"embed": output.embed, "entityness": present, "iou": iou}, None
             logits = output.masks.image_mask_logits()[:, 0]
             seen = {
                 "embed": output.embed,

@@ -18,9 +18,14 @@ class Reconstructor:
     Args:
         model: a GELLA, with or without language branch.
         seed: of the colours.
+
+    Raises:
+        ValueError: a model that reconstructs nothing.
     """
 
     def __init__(self, model: Gella, *, seed: int = 0):
+        if not model.config.reconstructs:
+            raise ValueError(f"{type(model.config.entities).__name__} reconstructs no masks")
         self.config = model.config
         graph, state = nnx.split(model.visual)
         key = jax.random.key(seed)

@@ -40,6 +40,16 @@ class EntityEncoderConfig:
     mask_decoder: MaskDecoderConfig = MaskDecoderConfig()
     key_padding: bool = False
 
+    @property
+    def num_queries(self) -> int:
+        """Queries of the mask decoder."""
+        return self.mask_decoder.num_queries
+
+    @property
+    def embed_dim(self) -> int:
+        """Channels of E_vc."""
+        return self.mask_decoder.hidden_dim
+
     def __post_init__(self):
         check_widths(self.pixel_decoder, self.mask_decoder)
         if self.mask_decoder.num_classes != 1:
@@ -49,15 +59,18 @@ class EntityEncoderConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EntityOutput:
-    """What the vision branch knows of a colormap.
+    """What the vision branch knows of the entities of a label map.
 
     Attributes:
-        masks: entityness and masks of every query, as CropFormer returns them for one view.
+        masks: entityness and masks of every query, as CropFormer returns them for one view. None where nothing is
+            reconstructed (`entity_variants`): then embedding k is entity k, of label k + 1.
         embed: E_vc, the normed query states that both heads read, float32.
+        present: which embeddings belong to an entity, where `masks` is None.
     """
 
-    masks: CropFormerOutput
+    masks: CropFormerOutput | None
     embed: Float[Array, "b q c"]
+    present: Bool[Array, "b q"] | None = None
 
 
 class EntityEncoder(nnx.Module):

@@ -22,6 +22,7 @@ from esg_jax.models.entity_encoder import (
     EntityEncoderConfig,
     EntityOutput,
 )
+from esg_jax.models.entity_variants import MODULES, BinaryPoolConfig, MaskAttentionConfig, RoiAlignConfig
 from esg_jax.models.grounding_association import GroundingAssociation, GroundingAssociationConfig
 from esg_jax.models.llama import Llama, LlamaConfig
 from esg_jax.models.llava import Projector, insert_image
@@ -34,7 +35,7 @@ class GellaConfig:
     """Everything that determines the parameters of a model.
 
     Attributes:
-        entities: the vision branch.
+        entities: the vision branch: the colormap, or one of the alternatives of Tables 19-20 (`entity_variants`).
         vision: the image encoder. CLIP as in the paper, or an ImageNet MobileNetV2, whose stride-32 map stands in for
             CLIP's grid where no CLIP weights are to be had.
         image_size: side of the square image in pixels; CLIP's own, or a multiple of 32 for MobileNetV2.
@@ -50,7 +51,7 @@ class GellaConfig:
         lora: low-rank adapters on the language model, or None.
     """
 
-    entities: EntityEncoderConfig = EntityEncoderConfig()
+    entities: EntityEncoderConfig | BinaryPoolConfig | RoiAlignConfig | MaskAttentionConfig = EntityEncoderConfig()
     vision: ClipVisionConfig | MobileNetV2Config = ClipVisionConfig()
     image_size: int = 336
     select_layer: int = -2
@@ -76,6 +77,10 @@ class GellaConfig:
             raise ValueError(f"seg_hidden is {self.seg_hidden!r}; choose at or predict")
         if self.lora is not None and self.llm is None:
             raise ValueError("lora is set, but there is no llm to adapt")
+        if self.llm is None and not self.reconstructs:
+            raise ValueError(
+                f"{type(self.entities).__name__} reconstructs no masks, so without llm there is nothing to do"
+            )
 
     @property
     def grid(self) -> int:
@@ -84,8 +89,13 @@ class GellaConfig:
 
     @property
     def num_queries(self) -> int:
-        """Queries of the mask decoder: the largest number of entities that can be told apart."""
-        return self.entities.mask_decoder.num_queries
+        """Embeddings in E_vc (queries of the mask decoder): the largest number of entities that can be told apart."""
+        return self.entities.num_queries
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether entities are found again as masks of queries; otherwise entity k has embedding k."""
+        return isinstance(self.entities, EntityEncoderConfig)
 
     @classmethod
     def vicuna_7b(cls, lora: LoraConfig | None = None) -> "GellaConfig":
@@ -123,7 +133,8 @@ class VisionBranch(nnx.Module):
         else:
             self.image_encoder = MobileNetV2(config.vision, **kwargs)
             self.image_channels = self.image_encoder.out_channels[-1]
-        self.entity_encoder = EntityEncoder(config.entities, self.image_channels, **kwargs)
+        module = EntityEncoder if config.reconstructs else MODULES[type(config.entities)]
+        self.entity_encoder = module(config.entities, self.image_channels, **kwargs)
 
     def vision_tokens(self, image_bhwc: Num[Array, "b s s 3"], size_b2: Int[Array, "b 2"]) -> Float[Array, "b g g c"]:
         """Zv: the image encoder's grid.
@@ -171,7 +182,11 @@ class VisionBranch(nnx.Module):
             size_b2: (height, width) of the label maps before padding; only `entities.key_padding` needs it.
             drop_path_key: see `EntityEncoder`.
             all_predictions: keep those of every decoder layer, as training needs.
+
+        The alternatives to the colormap use the first two arguments only.
         """
+        if not self.config.reconstructs:
+            return self.entity_encoder(vision_bghc, label_map_bhw)
         colormap = colorize(label_map_bhw, keys_b, self.config.num_queries, self.config.colormap)
         valid = None if size_b2 is None else content_mask(*label_map_bhw.shape[1:], size_b2, self.config.pad_position)
         return self.entity_encoder(
@@ -203,7 +218,7 @@ class Gella(nnx.Module):
         self.association = GroundingAssociation(
             config.association,
             config.llm.width,
-            config.entities.mask_decoder.hidden_dim,
+            config.entities.embed_dim,
             rngs=rngs,
             param_dtype=param_dtype,
         )

@@ -86,8 +86,13 @@ class MultiHeadAttention(nnx.Module):
         key_nsc: Float[Array, "n s c"],
         value_nsc: Float[Array, "n s c"],
         blocked_nqs: Bool[Array, "n q s"] | None = None,
+        *,
+        rescore: Callable[[Array], Array] | None = None,
     ) -> Float[Array, "n q c"]:
-        """Attends; `blocked` marks the keys a query may not see, the same for all heads."""
+        """Attends; `blocked` marks the keys a query may not see, the same for all heads.
+
+        `rescore` changes the float32 logits (n, heads, q, s) before that.
+        """
         heads = self.num_heads
         query, key, value = (
             proj(x).reshape(*x.shape[:2], heads, -1)  # n s heads d
@@ -95,6 +100,8 @@ class MultiHeadAttention(nnx.Module):
         )
         query = query * query.shape[-1] ** -0.5
         logits = jnp.einsum("nqhd,nshd->nhqs", query, key, preferred_element_type=jnp.float32)
+        if rescore is not None:
+            logits = rescore(logits)
         if blocked_nqs is not None:
             logits = jnp.where(blocked_nqs[:, None], -jnp.inf, logits)
         weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)

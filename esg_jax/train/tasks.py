@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from esg_jax.losses.cropformer import LossConfig, cropformer_loss, loss_and_assignment, loss_normalizers
+from esg_jax.losses.cropformer import Assignment, LossConfig, cropformer_loss, loss_and_assignment, loss_normalizers
 from esg_jax.losses.gella import GellaLossConfig, answer_loss, association_loss
 from esg_jax.models.backbones.frozen_norm import running_statistics, use_batch_statistics
 from esg_jax.models.colormap import pack_labels
@@ -57,7 +57,8 @@ class GroundingTask:
     """GELLA: reconstruction of entities, their association with nouns, and answers.
 
     Batches of text only (without `label_map`) train the answers alone; a model without language model trains the
-    reconstruction alone. Each kind of batch is a program of its own.
+    reconstruction alone, one whose entities are embedded directly (`models.entity_variants`) has none. Each kind of
+    batch is a program of its own.
 
     Attributes:
         config: weights of the losses.
@@ -105,12 +106,14 @@ class GroundingTask:
             total += terms["loss_answer"]
             if "links" in batch:
                 logits = model.associate(model.noun_states(hidden, batch["seg_pos"]), embed)
+                # A row without entity is no negative: a query could have become an entity, such a row cannot.
+                pairs = config if model.config.reconstructs else dataclasses.replace(config, unmatched="ignore")
                 association = association_loss(
                     logits,
                     batch["links"],
                     batch["linked"] & batch["seg_valid"],
                     assignment,
-                    config,
+                    pairs,
                     normalizer=normalizers["nouns"],
                 )
                 terms["loss_association"] = config.association * association
@@ -158,9 +161,13 @@ class GroundingTask:
                 drop_path_key=keys[:, 2],
                 all_predictions=True,
             )
-            loss, terms, assignment = loss_and_assignment(
-                output.masks, self._targets(images), keys[:, 1], self.config.reconstruction, normalizers=normalizers
-            )
+            if output.masks is None:
+                rows = jnp.broadcast_to(jnp.arange(self.num_queries), output.present.shape)
+                loss, terms, assignment = jnp.zeros(()), {}, Assignment(rows, output.present)
+            else:
+                loss, terms, assignment = loss_and_assignment(
+                    output.masks, self._targets(images), keys[:, 1], self.config.reconstruction, normalizers=normalizers
+                )
             sums = jax.tree.map(lambda x: x[None], (loss, terms))
             return (vision, *sums, output.embed, assignment), running_statistics(branch)
 

@@ -41,6 +41,12 @@ def build(config, model=CropFormer):
 
 
 @pytest.fixture(scope="session")
+def random_model():
+    """`random_model(config, module)`."""
+    return build
+
+
+@pytest.fixture(scope="session")
 def tiny_model():
     """A CropFormer with seven queries."""
     return build(TINY)

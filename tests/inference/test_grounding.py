@@ -9,10 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esg_jax.inference.grounding import Grounder
-from esg_jax.inference.grounding_rules import entity_scores
+from esg_jax.inference.grounding import Grounder, _overlaps
+from esg_jax.inference.grounding_rules import GroundingConfig, entity_scores
 from esg_jax.inference.masks_in import disjoint_masks
+from esg_jax.inference.reconstruction import Reconstructor
 from esg_jax.input.mask_files import read_masks
+from esg_jax.models.entity_variants import EntityBlocksConfig, RoiAlignConfig
+from esg_jax.models.gella import Gella
+from esg_jax.ops.padding import content_mask
 from esg_jax.text.sequences import SequenceBuilder, Turn
 
 pytestmark = pytest.mark.slow
@@ -111,6 +115,50 @@ def test_reconstructed_masks(reconstructing_grounder, pictures):
     assert scene.mask((0,)).shape == (40, 60)
     wide = dataclasses.replace(scene, probabilities=np.pad(np.ones((3, 8, 16), np.float32), ((0, 0), (0, 8), (0, 0))))
     assert wide.mask((0,))[:24].all()  # the lower half of the square is partly padding
+    rows = np.pad(np.ones((3, 10, 16), np.float32), ((0, 0), (3, 3), (0, 0)))  # content in the middle
+    centred = dataclasses.replace(scene, probabilities=rows, content=(10 / 16, 1.0), start=(3 / 16, 0.0))
+    assert centred.mask((0,)).all() and not dataclasses.replace(centred, start=(0.0, 0.0)).mask((0,)).all()
+
+
+def test_centred_pictures(reconstructing_grounder, pictures):
+    """The geometry around a network that gives back what is painted."""
+    other = copy.copy(reconstructing_grounder)
+    other.model_config = dataclasses.replace(other.model_config, pad_position="center")
+
+    def see(state, image, size, label_map, map_size):
+        logits = (label_map[:, None, 2::4, 2::4] == np.arange(1, 9)[:, None, None]) - 0.5
+        inside = content_mask(64, 64, map_size, "center")
+        iou = jnp.stack([_overlaps(logits, label_map, inside, 8)] * 2)
+        seen = {"iou": iou, "entityness": np.ones((2, 2, 8)), "embed": np.zeros((2, 2, 8, 32))}
+        return seen | {"vision": np.zeros((2, 2, 2, 64)), "probabilities": 0.5 + np.clip(logits, -0.5, 0.5)}
+
+    other._see = see
+    for scene, image in zip(other.look(*pictures), pictures[0], strict=True):
+        assert (scene.query[0] == [0, 1, 2]).all()
+        np.testing.assert_allclose(scene.start, (1 - np.array(scene.content)) / 2, atol=1 / 64)
+        for entity in range(3):
+            truth, mask = scene.masks.union((entity,)), scene.mask((entity,))
+            assert mask.shape == image.shape[:2] and (mask & truth).sum() / (mask | truth).sum() > 0.7
+
+
+def test_entities_without_reconstruction(random_model, tiny_gella_config, short_prompts, word_tokenizer, pictures):
+    """Entity k has embedding k: nothing is matched, and all rules stay the same."""
+    entities = RoiAlignConfig(8, EntityBlocksConfig(dim=32, num_heads=4, ffn_dim=48, num_blocks=0), bins=2)
+    model = random_model(dataclasses.replace(tiny_gella_config, entities=entities), Gella)
+    grounder = Grounder(model, word_tokenizer, short_prompts, GroundingConfig(min_score=0.0), batch_size=2)
+    images, masks = pictures
+    (scene,) = grounder.look(images[:1], masks[:1])
+    assert scene.query.tolist() == [[0, 1, 2]] and scene.entityness.tolist() == [1, 1, 1]
+    (result,) = grounder.refer([scene], ["the red dog"])
+    assert len(result.phrases[0].entities) == 1 and result.mask(result.phrases[0]).any()
+    thin = np.zeros((2, 2000), np.int32)
+    thin[0, 999], thin[1] = 4, 7  # one pixel, gone at the size of the label map
+    (scene,) = grounder.look([np.zeros((2, 2000, 3), np.uint8)], [disjoint_masks(read_masks(thin, (2, 2000)))])
+    assert scene.groundable.tolist() == [False, True]
+    with pytest.raises(ValueError, match="RoiAlignConfig reconstructs no masks"):
+        Grounder(model, word_tokenizer, short_prompts, GroundingConfig(output_masks="reconstructed"))
+    with pytest.raises(ValueError, match="RoiAlignConfig reconstructs no masks"):
+        Reconstructor(model)
 
 
 def test_bad_input(grounder, scenes, pictures, tiny_gella, short_prompts, word_tokenizer):

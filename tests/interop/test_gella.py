@@ -13,7 +13,8 @@ from esg_jax.interop.convert import ConversionError, from_ours, load_into, targe
 from esg_jax.interop.gella_tables import GELLA
 from esg_jax.interop.readers import open_checkpoint
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
-from esg_jax.models.gella import Gella
+from esg_jax.models.entity_variants import RoiAlignConfig
+from esg_jax.models.gella import Gella, GellaConfig
 from esg_jax.models.grounding_association import GroundingAssociation, GroundingAssociationConfig
 from esg_jax.models.llava import PROJECTORS, Projector
 from esg_jax.models.resoblend import ResoBlend, ResoBlendConfig
@@ -76,6 +77,20 @@ def test_pytorch_gives_the_same_outputs(variants, tmp_path):
     save_checkpoint(tmp_path / "out", model)
     for item in verify_gella(tmp_path / "out", model):
         assert item.absolute < 1e-4, item
+
+
+def test_what_pytorch_has_no_modules_for(variants, tmp_path):
+    """Other embeddings of entities, keys masked in the padding, centred squares."""
+    plain = variants["mobilenet, no text"]
+    masked = dataclasses.replace(plain.entities, key_padding=True)
+    for config, message in (
+        (GellaConfig(entities=RoiAlignConfig()), "no PyTorch modules for GELLA with RoiAlignConfig"),
+        (dataclasses.replace(plain, entities=masked), "know no key_padding"),
+        (dataclasses.replace(plain, pad_position="center"), "no pad_position but bottom_right"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            save_language(tmp_path / "out", {}, config)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.torch
