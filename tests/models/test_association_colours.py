@@ -17,7 +17,7 @@ from esg_jax.train.step import TrainStep
 from esg_jax.train.tasks import GroundingTask
 
 pytestmark = pytest.mark.slow
-STEPS, NOUNS = 400, 4
+STEPS, NOUNS = 200, 4
 
 
 def make_batch(config):
