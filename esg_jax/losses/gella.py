@@ -18,7 +18,8 @@ class GellaLossConfig:
     """Weights and switches.
 
     Attributes:
-        segmentation, association, answer: weights of the three losses ("uniform" in the paper).
+        segmentation, association, answer: weights of the three losses ("uniform" in the paper). An answer of 0 is not
+            computed at all.
         reconstruction: inside the segmentation loss; the paper cites Mask2Former for it.
         unmatched: pairs of a noun and a query without entity are "negative", or "ignore" leaves them out.
         pos_weight: on positive pairs.

@@ -99,11 +99,13 @@ class GroundingTask:
             total += config.segmentation * segmentation
         if "ids" in batch:
             hidden = model.text(vision[0], batch["ids"], lora_key=keys[0, 3])
-            answer = answer_loss(
-                model.llm.logits, hidden, batch["ids"], batch["answer"], normalizer=normalizers["tokens"]
-            )
-            terms["loss_answer"] = config.answer * answer
-            total += terms["loss_answer"]
+            # Weight 0 leaves the vocabulary out: with a frozen language model no weight depends on its answers.
+            if config.answer:
+                answer = answer_loss(
+                    model.llm.logits, hidden, batch["ids"], batch["answer"], normalizer=normalizers["tokens"]
+                )
+                terms["loss_answer"] = config.answer * answer
+                total += terms["loss_answer"]
             if "links" in batch:
                 logits = model.associate(model.noun_states(hidden, batch["seg_pos"]), embed)
                 # A row without entity is no negative: a query could have become an entity, such a row cannot.

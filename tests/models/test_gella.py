@@ -91,10 +91,10 @@ def test_wrong_image_size_is_refused(model):
         model.vision_tokens(jnp.zeros((1, 40, 32, 3)), jnp.array([[40, 32]]))
 
 
-def train_step(config, devices, frozen="", accumulate=1):
+def train_step(config, devices, frozen="", accumulate=1, answer=1.0):
     from esg_jax.train.step import StepConfig
 
-    loss = GellaLossConfig(reconstruction=LossConfig(num_points=64, shared_points=True))
+    loss = GellaLossConfig(answer=answer, reconstruction=LossConfig(num_points=64, shared_points=True))
     return TrainStep(
         ModelDef(lambda: Gella(config, rngs=nnx.Rngs(0)), frozen=frozen),
         GroundingTask(loss, config.num_queries),
@@ -137,6 +137,13 @@ def test_eight_devices_equal_one(config, one_device):
     _, losses = run_steps(train_step(config, (1, 4, 2)), [make_batch(config, 4, 0)])
     for name, value in expected[0].items():
         np.testing.assert_allclose(losses[0][name], value, rtol=1e-5, err_msg=name)
+
+
+def test_an_answer_of_weight_zero_is_not_computed(config):
+    step = train_step(config, (1, 1, 1), answer=0.0)
+    with jax.set_mesh(step.mesh):
+        _, metrics = jax.eval_shape(step._run, step.abstract_state, make_batch(config))
+    assert "loss_association" in metrics and "loss_answer" not in metrics
 
 
 def test_text_only_batches_and_frozen_weights(config):
