@@ -23,7 +23,7 @@ def keep_licences(
     """The part of a COCO-style annotation file whose images have an allowed licence.
 
     Args:
-        content: the annotation file. An image is matched by ``source_id`` when ``source`` starts with "coco", or by
+        content: the annotation file, perhaps with linked captions. An image is matched by ``source_id`` when ``source`` starts with "coco", or by
             ``id`` when images have no ``source``.
         coco: official COCO files with ``licenses`` and, per image, ``license`` and ``flickr_url``.
         allowed: licence ids.
@@ -45,9 +45,13 @@ def keep_licences(
     if not images:
         raise ValueError(f"no image has a licence in {sorted(allowed)}; are these the COCO files of the same split?")
     kept = {image["id"] for image in images}
-    annotations = [annotation for annotation in content["annotations"] if annotation["image_id"] in kept]
+    of_images = {
+        name: [row for row in content[name] if row["image_id"] in kept]
+        for name in ("annotations", "captions")
+        if name in content
+    }
     used = [licences[number] for number in sorted({image["license"] for image in images})]
-    return {**content, "images": images, "annotations": annotations, "licenses": used}
+    return {**content, **of_images, "images": images, "licenses": used}
 
 
 def attribution(content: Mapping[str, Any]) -> str:

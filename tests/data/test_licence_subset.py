@@ -31,3 +31,8 @@ def test_official_files_are_matched_by_image_id():
 def test_images_of_other_sources_never_pass():
     with pytest.raises(ValueError, match="no image has a licence"):
         keep_licences(entities("camvid"), COCO)
+
+
+def test_captions_of_other_images_go():
+    content = {**entities("coco_panoptic"), "captions": [{"id": n, "image_id": n} for n in range(1, 10)]}
+    assert [caption["image_id"] for caption in keep_licences(content, COCO)["captions"]] == [4, 7, 8]
