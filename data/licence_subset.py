@@ -23,8 +23,8 @@ def keep_licences(
     """The part of a COCO-style annotation file whose images have an allowed licence.
 
     Args:
-        content: the annotation file, perhaps with linked captions. An image is matched by ``source_id`` when ``source`` starts with "coco", or by
-            ``id`` when images have no ``source``.
+        content: the annotation file, perhaps with linked captions. An image is matched by ``source_id`` when ``source``
+            starts with "coco", or by ``id`` when images have no ``source``.
         coco: official COCO files with ``licenses`` and, per image, ``license`` and ``flickr_url``.
         allowed: licence ids.
 
