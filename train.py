@@ -10,6 +10,7 @@ Run the same command again to go on after an interruption: the run continues exa
 Ctrl-C or SIGTERM saves first.
 """
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -80,17 +81,27 @@ def run(config: RunConfig, workdir: Path, recipe: EvalConfig | None = None) -> N
     count = sum(leaf.size for leaf in step.model.params.values())
     log.info("%.2f M parameters on mesh %s, %s", count / 1e6, dict(step.mesh.shape), config.precision)
 
-    # Data. Every process reads its own part of each batch.
-    batches = open_batches(config)
+    with contextlib.ExitStack() as stack:
+        # Data. Every process reads its own part of each batch.
+        batches = stack.enter_context(contextlib.closing(open_batches(config)))
 
-    # State: newest checkpoint > init_from > pretrained backbone > random (see checkpoint.py for why in this order).
-    writer = MetricWriter(workdir, tensorboard=config.tensorboard, wandb=config.wandb, config=config.as_dict())
-    checkpointer = Checkpointer(workdir, config=config.as_dict(), keep=config.keep, complete=RunConfig.complete)
-    total = config.loop.total_steps
-    hooks = []
-    if recipe is not None:
-        hooks.append(Hook(config.loop.eval_every, partial(evaluate, config, recipe, step, workdir, writer)))
-    try:
+        # Loggers first: a missing package shall not leave a folder of checkpoints behind.
+        writer = stack.enter_context(
+            contextlib.closing(
+                MetricWriter(workdir, tensorboard=config.tensorboard, wandb=config.wandb, config=config.as_dict())
+            )
+        )
+        checkpointer = stack.enter_context(
+            contextlib.closing(
+                Checkpointer(workdir, config=config.as_dict(), keep=config.keep, complete=RunConfig.complete)
+            )
+        )
+        hooks = []
+        if recipe is not None:
+            hooks.append(Hook(config.loop.eval_every, partial(evaluate, config, recipe, step, workdir, writer)))
+
+        # State: newest checkpoint > init_from > pretrained backbone > random (checkpoint.py says why in this order).
+        total = config.loop.total_steps
         if checkpointer.latest_step is not None:
             state = checkpointer.restore(step.abstract_state, batches)
             log.info("resumed at step %d", int(state.step))
@@ -109,10 +120,6 @@ def run(config: RunConfig, workdir: Path, recipe: EvalConfig | None = None) -> N
                 hooks=hooks,
                 profile_dir=workdir / "profile",
             )
-    finally:
-        writer.close()
-        checkpointer.close()
-        batches.close()
 
     done = int(state.step)
     path = export(config, step, state, workdir)

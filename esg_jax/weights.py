@@ -1,6 +1,7 @@
 """Portable weights: one safetensors file with the parameters and, in its metadata, the model's configuration."""
 
 import importlib
+import importlib.resources
 import json
 import re
 from collections.abc import Mapping
@@ -27,6 +28,22 @@ _MODELS = {
     "ClipVisionConfig": ("esg_jax.models.clip", "ClipVision"),
     "ClipTextConfig": ("esg_jax.models.clip", "ClipText"),
 }
+
+
+def packaged_weights(name: str, otherwise: str) -> Path:
+    """A weights file that ships with the package.
+
+    Args:
+        name: of the file.
+        otherwise: what to do without it, for the message.
+
+    Raises:
+        FileNotFoundError: this installation has none.
+    """
+    path = Path(str(importlib.resources.files("esg_jax").joinpath("assets", name)))
+    if not path.is_file():
+        raise FileNotFoundError(f"no demo weights at {path}; {otherwise}")
+    return path
 
 
 def named_arrays(model: nnx.Module) -> dict[str, Any]:

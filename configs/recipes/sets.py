@@ -2,7 +2,7 @@
 
     python eval.py --config=configs/recipes/sets.py:entityseg --checkpoint=cropformer_swin_t.safetensors --out=runs/ap_e
     python eval.py --config=configs/recipes/sets.py:coco_panoptic --checkpoint=mask2former.safetensors --out=runs/pq
-    python eval.py --config=configs/recipes/sets.py:png --checkpoint=gella.safetensors --out=runs/png \
+    python eval.py --config=configs/recipes/sets.py:png --checkpoint=gella.safetensors --out=runs/png \\
         --config.input_masks=segmenter --config.segmenter=cropformer_swin_t.safetensors
 
 The sets of text (`png`, `refcoco_*`, `grefcoco_*`, `reasonseg_*`) need GELLA's weights, which name categories, too:

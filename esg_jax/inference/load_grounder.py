@@ -79,15 +79,11 @@ def demo_grounder() -> Path:
     Raises:
         FileNotFoundError: this installation has none.
     """
-    import importlib.resources
-
-    path = Path(str(importlib.resources.files("esg_jax").joinpath("assets", "gella_demo.safetensors")))
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no GELLA demo weights at {path}; name some (--model FILE.safetensors), convert a published checkpoint "
-            "(`esg convert --help`), or train a small one (configs/gella_quickstart.py)"
-        )
-    return path
+    return weights.packaged_weights(
+        "gella_demo.safetensors",
+        "name GELLA weights (--model FILE.safetensors), convert a published checkpoint (`esg convert --help`), or "
+        "train a small one (configs/gella_quickstart.py)",
+    )
 
 
 def read_rules(pairs: Sequence[str], option: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Images in, masks out."""
 
-import importlib.resources
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,7 +24,7 @@ from esg_jax.input.image_io import ImageError, load_image
 from esg_jax.input.mappers import bucket_index
 from esg_jax.input.transforms import inference_view_list, inference_views, round_up
 from esg_jax.models.cropformer import CropFormer
-from esg_jax.weights import is_weights_file, read_info
+from esg_jax.weights import is_weights_file, packaged_weights, read_info
 
 ImageLike = str | Path | UInt8[np.ndarray, "h w 3"]
 
@@ -45,13 +44,11 @@ def demo_checkpoint() -> Path:
     Raises:
         FileNotFoundError: this installation has none.
     """
-    path = Path(str(importlib.resources.files("esg_jax").joinpath("assets", "demo.safetensors")))
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no demo weights at {path}; name a checkpoint (--checkpoint FILE.safetensors), convert a published one "
-            "(`esg convert --help`), or train a small one (`make quickstart`)"
-        )
-    return path
+    return packaged_weights(
+        "demo.safetensors",
+        "name a checkpoint (--checkpoint FILE.safetensors), convert a published one (`esg convert --help`), or train a "
+        "small one (`make quickstart`)",
+    )
 
 
 class Predictor:

@@ -7,7 +7,7 @@ from jaxtyping import Int, Int32, Integer, UInt8
 from PIL import Image
 
 from esg_jax.input.records import Entities
-from esg_jax.ops.padding import content_start
+from esg_jax.ops.padding import content_start, nearest_index
 
 
 def content_size(height: int, width: int, side: int) -> tuple[int, int]:
@@ -33,17 +33,12 @@ def square_image(
     return out, np.array(size, np.int32)
 
 
-def nearest_rows(size: int, new_size: int) -> Int[np.ndarray, "new_size"]:
-    """Source index of every output pixel, half-pixel centres: floor((i + 0.5) * size / new_size)."""
-    return (2 * np.arange(new_size) + 1) * size // (2 * new_size)
-
-
 def square_labels(
     labels_hw: Integer[np.ndarray, "h w"], side: int, pad_position: str = "bottom_right"
 ) -> tuple[Integer[np.ndarray, "side side"], Int32[np.ndarray, "2"]]:
     """A label map in the geometry of `square_image`, nearest neighbour, padded with 0, and its (height, width)."""
     size = content_size(*labels_hw.shape, side)
-    rows, columns = nearest_rows(labels_hw.shape[0], size[0]), nearest_rows(labels_hw.shape[1], size[1])
+    rows, columns = nearest_index(labels_hw.shape[0], size[0]), nearest_index(labels_hw.shape[1], size[1])
     out = np.zeros((side, side), labels_hw.dtype)
     out[content_slices(size, side, pad_position)] = labels_hw[rows[:, None], columns]
     return out, np.array(size, np.int32)

@@ -11,6 +11,7 @@ than that entities interact in the decoder. Widths, the feed-forward of each blo
 where Table 19 does not give it are choices.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable
 
@@ -215,9 +216,9 @@ class _Variant(nnx.Module):
     def _run(self, block, x, tokens, position, share, area):
         return block(x, tokens, position, area == 0, self.rescore(share))
 
+    @abc.abstractmethod
     def embed(self, image_bghc, label_map_bhw, share_bns, area_bn) -> Float[Array, "b n c"]:
         """The embeddings before the blocks."""
-        raise NotImplementedError
 
     def rescore(self, share_bns) -> Callable[[Array], Array] | None:
         """What happens to the logits (b, heads, n, s) of the cross attention."""

@@ -1,8 +1,9 @@
-"""Where a picture lies in the square it is padded to. Plain arithmetic for numpy and jax arrays alike."""
+"""Which pixel goes where when a picture is resized and padded to a square. Plain arithmetic, numpy and jax alike."""
 
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
 PAD_POSITIONS = ("bottom_right", "center")
 
@@ -11,6 +12,11 @@ def check_pad_position(value: str, name: str) -> None:
     """Raises ValueError, naming the field, when there is no such position."""
     if value not in PAD_POSITIONS:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(PAD_POSITIONS)}")
+
+
+def nearest_index(size: int, new_size: int) -> Int[np.ndarray, "new_size"]:
+    """Source index of every output pixel, half-pixel centres: floor((i + 0.5) * size / new_size)."""
+    return (2 * np.arange(new_size) + 1) * size // (2 * new_size)
 
 
 def content_start(size: Any, side: int, pad_position: str) -> Any:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from esg_jax.ops.padding import nearest_index
 from esg_jax.ops.point_sample import point_sample_features
 
 
@@ -15,10 +16,7 @@ def mask_weights(
 
     A pixel belongs to the cell in which its centre lies; the grid may be of any size up to that of the label map.
     """
-    rows, columns = (
-        (2 * np.arange(side) + 1) * cells // (2 * side)
-        for side, cells in zip(label_map_bhw.shape[1:], grid, strict=True)
-    )
+    rows, columns = (nearest_index(cells, side) for side, cells in zip(label_map_bhw.shape[1:], grid, strict=True))
     cell = rows[:, None] * grid[1] + columns
     size = np.bincount(cell.ravel(), minlength=grid[0] * grid[1]).astype(np.float32)
 
@@ -72,5 +70,5 @@ def roi_align(
 
 def nearest_labels(label_map_bhw: Int[Array, "b h w"], side: int) -> Int[Array, "b s s"]:
     """Label maps at another size, nearest neighbour with half-pixel centres."""
-    rows, columns = ((2 * np.arange(side) + 1) * old // (2 * side) for old in label_map_bhw.shape[1:])
+    rows, columns = (nearest_index(old, side) for old in label_map_bhw.shape[1:])
     return label_map_bhw[:, rows[:, None], columns]

@@ -19,7 +19,7 @@ from esg_jax.models.gella import Gella
 from esg_jax.train import sharding
 from esg_jax.train.step import STATISTICS, Batch, Metrics
 
-# Number of the task in a batch, see `input.grounding_readers.TASKS`.
+# Number of the task in a batch, see `input.narratives.TASKS`.
 DESCRIPTION = 0
 
 

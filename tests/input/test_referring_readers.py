@@ -17,20 +17,9 @@ from esg_jax.input.narratives import GroundingSourceConfig, linked_by_overlap
 from esg_jax.input.records import Entities
 from esg_jax.text.prompts import Prompts
 from esg_jax.text.sequences import SequenceBuilder
+from tests.text.byte_tokenizer import ByteTokenizer
 
 HEIGHT, WIDTH = 24, 36
-
-
-class ByteTokenizer:
-    """One id per byte; special ids after them."""
-
-    bos_id, eos_id, pad_id, image_id, seg_id, vocab_size = 256, 257, 258, 259, 260, 272
-
-    def encode(self, text):
-        return list(text.encode())
-
-    def decode(self, ids):
-        return bytes(ids).decode(errors="replace")
 
 
 def labels_of(image):

@@ -5,18 +5,7 @@ from esg_jax.interop.gguf import packaged_smollm2
 from esg_jax.text.prompts import Prompts, Special
 from esg_jax.text.sequences import SequenceBuilder, Turn, bucket_length, locate, pad_sequences
 from esg_jax.text.tokenizers import GgufTokenizer
-
-
-class ByteTokenizer:
-    """One id per byte; special ids after them."""
-
-    bos_id, eos_id, pad_id, image_id, seg_id, vocab_size = 256, 257, 258, 259, 260, 272
-
-    def encode(self, text):
-        return list(text.encode())
-
-    def decode(self, ids):
-        return bytes(ids).decode(errors="replace")
+from tests.text.byte_tokenizer import ByteTokenizer
 
 
 class PrefixSpaceTokenizer(ByteTokenizer):
