@@ -8,15 +8,28 @@ association|lora)\\.'`.
 """
 
 from configs import common
-from configs.gella_quickstart import small_entity_encoder
 from esg_jax.losses.cropformer import LossConfig
 from esg_jax.losses.gella import GellaLossConfig
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
 from esg_jax.models.colormap import ColormapConfig
+from esg_jax.models.entity_encoder import EntityEncoderConfig
 from esg_jax.models.gella import GellaConfig
+from esg_jax.models.mask_decoder import MaskDecoderConfig
+from esg_jax.models.pixel_decoder import PixelDecoderConfig
+from esg_jax.models.resoblend import ResoBlendConfig
 from esg_jax.train.config import RunConfig
 from esg_jax.train.loop import LoopConfig
 from esg_jax.train.optim import OptimConfig
+
+
+def small_entity_encoder() -> EntityEncoderConfig:
+    """Half the width and a third of the depth of the paper's decoders."""
+    return EntityEncoderConfig(
+        MobileNetV2Config(train_affine=True),
+        ResoBlendConfig(dim=128, num_heads=4, ffn_dim=512),
+        PixelDecoderConfig(conv_dim=128, mask_dim=128, num_layers=3, num_heads=4, ffn_dim=512),
+        MaskDecoderConfig(hidden_dim=128, mask_dim=128, num_heads=4, ffn_dim=512, num_layers=3, num_queries=40),
+    )
 
 
 def get_config(root: str = "../shared/realdata"):

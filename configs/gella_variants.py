@@ -2,16 +2,18 @@
 
     python train.py --config=configs/gella_variants.py:binary_pool,../shared/realdata --workdir=runs/binary_pool
 
-VARIANT: colormap (the quickstart itself, to compare with), binary_pool, roi_align, mask_ca_add or mask_ca_mul. Data,
-language model, losses and schedule are the quickstart's, and so is what it is good for; the sizes here are small ones,
-`esg_jax.models.entity_variants` has defaults for large models. `--config.model.entities.pooling=cls`, `...values` and
-`...blocks.num_blocks` walk through Table 19. Needs what the quickstart needs.
+VARIANT: colormap (GELLA's own; start it from `gella_reconstruction.py`), binary_pool, roi_align, mask_ca_add (the
+quickstart itself, to compare with) or mask_ca_mul. Data, language model, losses and schedule are the quickstart's, and
+so is what it is good for; the sizes here are small, `esg_jax.models.entity_variants` has defaults for large models.
+`--config.model.entities.pooling=cls`, `...values` and `...blocks.num_blocks` walk through Table 19. Needs what the
+quickstart needs.
 """
 
 import dataclasses
 
 from configs import common, gella_quickstart
-from esg_jax.models.entity_variants import VARIANTS, BinaryPoolConfig, EntityBlocksConfig
+from configs.gella_reconstruction import small_entity_encoder
+from esg_jax.models.entity_variants import VARIANTS, BinaryPoolConfig
 from esg_jax.train.config import RunConfig
 
 
@@ -21,16 +23,10 @@ def get_config(argument: str = "binary_pool"):
         raise ValueError(f"unknown variant {variant!r}; choose one of {', '.join(VARIANTS)}")
     run = RunConfig.from_dict(gella_quickstart.get_config(*root).to_dict())
     if variant == "colormap":
-        return common.as_config(run)
-    entities = dataclasses.replace(
-        VARIANTS[variant],
-        num_queries=run.model.num_queries,
-        blocks=EntityBlocksConfig(dim=128, num_heads=4, ffn_dim=512, num_blocks=3),
-    )
+        entities = small_entity_encoder()
+    else:
+        blocks = gella_quickstart.BLOCKS
+        entities = dataclasses.replace(VARIANTS[variant], num_queries=run.model.num_queries, blocks=blocks)
     if isinstance(entities, BinaryPoolConfig):  # 40 passes per image: small ones for two CPU cores
         entities = dataclasses.replace(entities, mask_size=96)
-    model = dataclasses.replace(run.model, entities=entities)
-    multipliers = (*run.optim.multipliers, (r"mask_encoder\.", 0.3))
-    return common.as_config(
-        dataclasses.replace(run, model=model, optim=dataclasses.replace(run.optim, multipliers=multipliers))
-    )
+    return common.as_config(dataclasses.replace(run, model=dataclasses.replace(run.model, entities=entities)))

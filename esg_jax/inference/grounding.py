@@ -79,6 +79,11 @@ class Grounder:
             raise ValueError(f"{type(model.config.entities).__name__} reconstructs no masks; set output_masks to input")
         if nouns not in ("model", "rule"):
             raise ValueError(f"nouns is {nouns!r}; choose model or rule")
+        if nouns == "model" and model.config.noun_blocks is not None:
+            raise ValueError(
+                f"this model reads nouns after {model.config.noun_blocks} blocks (noun_blocks) and writes no <SEG>; "
+                "set nouns to rule"
+            )
         for name in ("image_id", "seg_id"):
             if getattr(model.config, name) != getattr(tokenizer, name):
                 raise ValueError(
@@ -91,7 +96,7 @@ class Grounder:
         self.config = config or GroundingConfig()
         self.batch_size = batch_size
         self._with_count, self._by_rule = with_count, nouns == "rule"
-        self._builder = SequenceBuilder(tokenizer, self.prompts, model.config.grid**2)
+        self._builder = SequenceBuilder(tokenizer, self.prompts, model.config.num_image_tokens)
         limit = model.config.llm.max_length
         self._lengths = sorted({length for length in _LENGTHS if length < limit} | {limit})
         self._keys = jax.random.split(jax.random.key(seed), self.config.colorings)
@@ -435,7 +440,8 @@ class Grounder:
 
     def _run_text(self, state, vision_bghc, ids_bt, seg_pos_bv, embed_bkqc) -> jax.Array:
         model = nnx.merge(self._graph, state)
-        nouns = model.noun_states(model.text(vision_bghc, ids_bt), seg_pos_bv)
+        states = model.text(vision_bghc, ids_bt, num_blocks=model.config.noun_blocks)
+        nouns = model.noun_states(states, seg_pos_bv)
         return _associate(model, nouns, embed_bkqc)
 
     def _run_generation(self, state, vision_bghc, ids_bt, lengths_b, embed_bkqc, config):

@@ -49,6 +49,8 @@ def save_gella(
         raise ConversionError(f"there are no PyTorch modules for GELLA with {kind}, only for colormaps")
     if config.entities.key_padding or config.pad_position != "bottom_right":
         raise ConversionError("the PyTorch modules of GELLA know no key_padding and no pad_position but bottom_right")
+    if config.vision_stride != 32 or config.token_pooling != 1 or config.noun_blocks is not None:
+        raise ConversionError("the PyTorch modules of GELLA know no vision_stride 16, token_pooling and noun_blocks")
     folder = Path(folder)
     parts = {
         _LLM: [name for name in arrays if name.startswith("llm.")],

@@ -30,6 +30,7 @@ from esg_jax.ops.regions import bounding_boxes, mask_weights, nearest_labels, ro
 VALUES = ((0, 1), (-1, 1), (0, 255))
 POOLINGS = ("avg", "conv14", "cls")
 OPERATIONS = ("add", "multiply")
+_GEOMETRY = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +41,15 @@ class EntityBlocksConfig:
         dim: channels of the embeddings, E_vc.
         num_heads, ffn_dim: of every block.
         num_blocks: 1 to 5 in Table 19, of which 5 are best; 0 leaves the embeddings as they are.
+        geometry: add an embedding of where each entity is and how large, which CropFormer's embeddings, from which the
+            paper starts, know (a choice).
     """
 
     dim: int = 256
     num_heads: int = 8
     ffn_dim: int = 1024
     num_blocks: int = 5
+    geometry: bool = False
 
 
 class _Sized:
@@ -190,6 +194,8 @@ class _Variant(nnx.Module):
         self.dtype = dtype
         self.remat = remat
         self.image_proj = nnx.Linear(image_channels, dim, kernel_init=layers.xavier_uniform, **kwargs)
+        if config.blocks.geometry:
+            self.geometry = layers.MLP((_GEOMETRY, dim, dim), **kwargs)
         self.blocks = nnx.List([EntityBlock(config.blocks, **kwargs) for _ in range(config.blocks.num_blocks)])
         self.norm = layers.layer_norm(dim, **kwargs)
 
@@ -207,6 +213,8 @@ class _Variant(nnx.Module):
         batch, *grid, dim = image.shape
         share, area = mask_weights(label_map_bhw, self.config.num_queries, tuple(grid))
         x = self.embed(image, label_map_bhw, share, area).astype(self.dtype)
+        if self.config.blocks.geometry:
+            x += self.geometry(_geometry(label_map_bhw, area).astype(self.dtype))
         position = sine_position(*grid, dim).reshape(-1, dim)
         tokens = image.reshape(batch, -1, dim)
         for block in self.blocks:
@@ -223,6 +231,13 @@ class _Variant(nnx.Module):
     def rescore(self, share_bns) -> Callable[[Array], Array] | None:
         """What happens to the logits (b, heads, n, s) of the cross attention."""
         return None
+
+
+def _geometry(label_map_bhw, area_bn) -> Float[Array, "b n 8"]:
+    """Corners of the bounding box, its sides, and the area as its root and its logarithm; about -1 to 1 all."""
+    box = bounding_boxes(label_map_bhw, area_bn.shape[1])
+    share = area_bn[..., None] / np.prod(label_map_bhw.shape[1:])
+    return jnp.concatenate([box, box[..., 2:] - box[..., :2], jnp.sqrt(share), jnp.log(share + 1e-4) / 8], axis=-1)
 
 
 class BinaryPool(_Variant):

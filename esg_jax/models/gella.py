@@ -6,6 +6,7 @@ of the `<SEG>` token behind it. Masks may come from any segmenter.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +40,8 @@ class GellaConfig:
         vision: the image encoder. CLIP as in the paper, or an ImageNet MobileNetV2, whose stride-32 map stands in for
             CLIP's grid where no CLIP weights are to be had.
         image_size: side of the square image in pixels; CLIP's own, or a multiple of 32 for MobileNetV2.
+        vision_stride: of MobileNetV2's grid: 32, its last map; or 16, the map before it with the last one at its side.
+        token_pooling: side of the squares of grid cells that are averaged to one image token of the language model.
         select_layer: of CLIP: -2 as LLaVA-1.5, whose projector was trained on it; the paper's text says the last.
         colormap: size and colours.
         pad_position: where image and colormap are padded to squares: "bottom_right" as CropFormer's views, or "center"
@@ -48,12 +51,17 @@ class GellaConfig:
         association: of nouns and entities.
         image_id, seg_id: ids of the image placeholder and of `<SEG>`.
         seg_hidden: a noun's embedding is the state "at" its `<SEG>` token, or at the token that "predict"s it.
+        noun_blocks: blocks of the language model after which a noun's state is taken (through the final norm); None:
+            all, as in the paper. A frozen model's last states are about the next word; the noun is clearer earlier,
+            and nothing else has to be computed. Such a model cannot list nouns by itself.
         lora: low-rank adapters on the language model, or None.
     """
 
     entities: EntityEncoderConfig | BinaryPoolConfig | RoiAlignConfig | MaskAttentionConfig = EntityEncoderConfig()
     vision: ClipVisionConfig | MobileNetV2Config = ClipVisionConfig()
     image_size: int = 336
+    vision_stride: int = 32
+    token_pooling: int = 1
     select_layer: int = -2
     colormap: ColormapConfig = ColormapConfig()
     pad_position: str = "bottom_right"
@@ -63,6 +71,7 @@ class GellaConfig:
     image_id: int = 32000
     seg_id: int = 32002
     seg_hidden: str = "at"
+    noun_blocks: int | None = None
     lora: LoraConfig | None = None
 
     def __post_init__(self):
@@ -72,11 +81,19 @@ class GellaConfig:
             )
         if isinstance(self.vision, MobileNetV2Config) and self.image_size % 32:
             raise ValueError(f"image_size is {self.image_size}; MobileNetV2 needs a multiple of 32")
+        if self.vision_stride not in (16, 32):
+            raise ValueError(f"vision_stride is {self.vision_stride}; choose 16 or 32")
+        if self.vision_stride != 32 and not isinstance(self.vision, MobileNetV2Config):
+            raise ValueError(f"vision_stride is {self.vision_stride}; only MobileNetV2 has a choice")
+        if self.token_pooling < 1 or self.grid % self.token_pooling:
+            raise ValueError(f"token_pooling is {self.token_pooling}; it must divide the grid of {self.grid}")
         check_pad_position(self.pad_position, "pad_position")
         if self.seg_hidden not in ("at", "predict"):
             raise ValueError(f"seg_hidden is {self.seg_hidden!r}; choose at or predict")
         if self.lora is not None and self.llm is None:
             raise ValueError("lora is set, but there is no llm to adapt")
+        if self.noun_blocks is not None and not (self.llm and 1 <= self.noun_blocks <= self.llm.num_layers):
+            raise ValueError(f"noun_blocks is {self.noun_blocks}; choose 1 to the number of blocks of llm, or None")
         if self.llm is None and not self.reconstructs:
             raise ValueError(
                 f"{type(self.entities).__name__} reconstructs no masks, so without llm there is nothing to do"
@@ -84,8 +101,14 @@ class GellaConfig:
 
     @property
     def grid(self) -> int:
-        """Side of the image encoder's grid; the image takes grid^2 positions of the text."""
-        return self.vision.grid if isinstance(self.vision, ClipVisionConfig) else self.image_size // 32
+        """Side of the image encoder's grid, Zv."""
+        clip = isinstance(self.vision, ClipVisionConfig)
+        return self.vision.grid if clip else self.image_size // self.vision_stride
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Positions that the image takes in the text."""
+        return (self.grid // self.token_pooling) ** 2
 
     @property
     def num_queries(self) -> int:
@@ -132,7 +155,7 @@ class VisionBranch(nnx.Module):
             self.image_channels = config.vision.width
         else:
             self.image_encoder = MobileNetV2(config.vision, **kwargs)
-            self.image_channels = self.image_encoder.out_channels[-1]
+            self.image_channels = sum(self.image_encoder.out_channels[-2 if config.vision_stride == 16 else -1 :])
         module = EntityEncoder if config.reconstructs else MODULES[type(config.entities)]
         self.entity_encoder = module(config.entities, self.image_channels, **kwargs)
 
@@ -161,7 +184,12 @@ class VisionBranch(nnx.Module):
         # Zero after normalisation is the mean colour, with which LLaVA-1.5 pads.
         content = content_mask(side, side, size_b2, self.config.pad_position)
         image = jnp.where(content[..., None], image, 0.0).astype(self.dtype)
-        return self.image_encoder(image, self.config.select_layer) if clip else self.image_encoder(image)[-1]
+        if clip:
+            return self.image_encoder(image, self.config.select_layer)
+        *_, fine, coarse = self.image_encoder(image)
+        if self.config.vision_stride == 32:
+            return coarse
+        return jnp.concatenate([fine, jnp.repeat(jnp.repeat(coarse, 2, axis=1), 2, axis=2)], axis=-1)
 
     def entities(
         self,
@@ -236,18 +264,37 @@ class Gella(nnx.Module):
 
     def embed_text(self, vision_bghc: Float[Array, "b g g c"], ids_bt: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """The language model's input: embedded tokens, with the projected image where `image_id` stands."""
-        image = self.projector(vision_bghc.reshape(len(vision_bghc), -1, vision_bghc.shape[-1]))
+        pool, channels = self.config.token_pooling, vision_bghc.shape[-1]
+        if pool > 1:
+            side = self.config.grid // pool
+            vision_bghc = jnp.mean(vision_bghc.reshape(-1, side, pool, side, pool, channels), axis=(2, 4))
+        image = self.projector(vision_bghc.reshape(len(vision_bghc), -1, channels))
         return insert_image(self.llm.embed(ids_bt), ids_bt, self.config.image_id, image)
 
     def text(
-        self, vision_bghc: Float[Array, "b g g c"], ids_bt: Int[Array, "b t"], *, lora_key: Array | None = None
+        self,
+        vision_bghc: Float[Array, "b g g c"],
+        ids_bt: Int[Array, "b t"],
+        *,
+        num_blocks: int | None = None,
+        lora_key: Array | None = None,
+        pin: Callable[[Array], Array] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Hidden states after the final norm; `lora_key` switches the adapters' dropout on."""
-        hidden, _ = self.llm(self.embed_text(vision_bghc, ids_bt), lora=self.lora, lora_key=lora_key)
+        """Hidden states after the final norm.
+
+        Args:
+            vision_bghc: from `vision_tokens`.
+            ids_bt: tokens.
+            num_blocks: run only the first blocks; for states of nouns `config.noun_blocks`.
+            lora_key: switches the adapters' dropout on.
+            pin: see `Llama.__call__`.
+        """
+        embedded = self.embed_text(vision_bghc, ids_bt)
+        hidden, _ = self.llm(embedded, num_blocks=num_blocks, lora=self.lora, lora_key=lora_key, pin=pin)
         return hidden
 
     def noun_states(self, hidden_btd: Float[Array, "b t d"], seg_pos_bv: Int[Array, "b v"]) -> Float[Array, "b v d"]:
-        """E_vl: the states of the nouns whose `<SEG>` tokens are at these positions."""
+        """E_vl: the states of the nouns whose `<SEG>` tokens are at these positions, of `text(..., noun_blocks)`."""
         position = seg_pos_bv if self.config.seg_hidden == "at" else jnp.maximum(seg_pos_bv - 1, 0)
         return jnp.take_along_axis(hidden_btd, position[..., None], axis=1)
 

@@ -8,7 +8,7 @@ Sources: LLaMA-2 (Touvron et al. 2023, section 2.2), RoFormer (Su et al. 2021, e
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -227,10 +227,12 @@ class Llama(nnx.Module):
         positions_bt: Int[Array, "b t"] | None = None,
         *,
         cache: KVCache | None = None,
+        num_blocks: int | None = None,
         lora: nnx.Module | None = None,
         lora_key: Array | None = None,
+        pin: Callable[[Array], Array] | None = None,
     ) -> tuple[Float[Array, "b t d"], KVCache | None]:
-        """Runs all blocks.
+        """Runs all blocks, or the first few.
 
         Without a cache a token sees itself and those before it in the row, so padding must be on the right. With a
         cache the tokens continue every row at its own length: an empty cache is filled by a prompt, a filled one is
@@ -240,17 +242,22 @@ class Llama(nnx.Module):
             x_btd: embedded tokens.
             positions_bt: rotary positions; default: the place in the row.
             cache: earlier keys and values, with room for T more tokens; a row without it keeps none of them.
+            num_blocks: run only so many, without a cache.
             lora: adapters from `esg_jax.models.lora`.
             lora_key: key of the adapters' dropout; None: no dropout.
+            pin: applied to the states before every block and behind the last; a caller that splits the batch over
+                devices says so again here, since the weights of a block, split too, would have it otherwise.
 
         Returns:
             Hidden states after the final norm, and the cache extended by T (None without one). After a right-padded
             prompt the caller sets `lengths` back to the real ones.
 
         Raises:
-            ValueError: more tokens than the cache has slots.
+            ValueError: more tokens than the cache has slots, or a cache for some of the blocks only.
         """
         batch, length = x_btd.shape[:2]
+        if cache is not None and num_blocks is not None:
+            raise ValueError("a cache holds the keys of all blocks; run it without num_blocks")
         if cache is not None and length > cache.k.shape[2]:
             raise ValueError(f"{length} tokens do not fit a cache of {cache.k.shape[2]} slots")
         if positions_bt is None:
@@ -258,16 +265,21 @@ class Llama(nnx.Module):
             positions_bt = start[:, None] + jnp.arange(length)
         rotation = rotary(positions_bt, self.config.head_dim, self.config.rope_base)
 
+        pin = pin or (lambda x: x)
+
         def run(block, x, cache, adapters, layer):
             key = None if lora_key is None else jax.random.fold_in(lora_key, layer)
-            return block(x, rotation, cache, layer, _adapted(adapters, key))
+            return block(pin(x), rotation, cache, layer, _adapted(adapters, key))
 
         def body(carry, xs):
             return layers.remat(run, self.remat)(xs[0], *carry, *xs[1:]), None
 
         adapters = {} if lora is None else dict(lora.adapters)
         xs = (self.layers, adapters, jnp.arange(self.config.num_layers))
+        if num_blocks is not None:
+            xs = jax.tree.map(lambda x: x[:num_blocks], xs)
         (x_btd, cache), _ = jax.lax.scan(body, (x_btd.astype(self.dtype), cache), xs)
+        x_btd = pin(x_btd)
         if cache is not None:
             cache = dataclasses.replace(cache, lengths=cache.lengths + length)
         return self.norm(x_btd), cache

@@ -135,7 +135,7 @@ class RunConfig:
             "image_size": model.image_size,
             "map_size": model.colormap.size,
             "max_entities": model.num_queries,
-            "num_image_tokens": model.grid**2,
+            "num_image_tokens": model.num_image_tokens,
             "pad_position": model.pad_position,
         }
         for name, value in wanted.items():

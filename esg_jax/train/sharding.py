@@ -78,6 +78,15 @@ def make_mesh(data: int = 1, fsdp: int = -1, model: int = 1, *, devices: Sequenc
     return jax.make_mesh(tuple(sizes), (DATA, FSDP, MODEL), devices=devices, axis_types=axis_types)
 
 
+def pin_batch(x: jax.Array) -> jax.Array:
+    """States with their leading dimension, the batch, split over the devices; unchanged outside a mesh.
+
+    For programs that the compiler partitions. Left alone it may follow the weights instead, and give every device
+    the whole batch with a part of each product, to be summed.
+    """
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, BATCH_SPEC)
+
+
 def partition_specs(shapes: Mapping[str, Any], rules: Rules, mesh: Mesh) -> dict[str, P]:
     """PartitionSpec of every named parameter.
 

@@ -1,6 +1,7 @@
 """What is trained: a model connected to its loss."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -98,16 +99,23 @@ class GroundingTask:
             segmentation, terms, embed, assignment = vision[1:]
             total += config.segmentation * segmentation
         if "ids" in batch:
-            hidden = model.text(vision[0], batch["ids"], lora_key=keys[0, 3])
+            text = functools.partial(model.text, vision[0], batch["ids"], lora_key=keys[0, 3], pin=sharding.pin_batch)
+            blocks = model.config.noun_blocks
+            hidden = text() if config.answer or blocks is None else None
             # Weight 0 leaves the vocabulary out: with a frozen language model no weight depends on its answers.
             if config.answer:
                 answer = answer_loss(
-                    model.llm.logits, hidden, batch["ids"], batch["answer"], normalizer=normalizers["tokens"]
+                    lambda states: model.llm.logits(sharding.pin_batch(states)),
+                    hidden,
+                    batch["ids"],
+                    batch["answer"],
+                    normalizer=normalizers["tokens"],
                 )
                 terms["loss_answer"] = config.answer * answer
                 total += terms["loss_answer"]
             if "links" in batch:
-                logits = model.associate(model.noun_states(hidden, batch["seg_pos"]), embed)
+                states = hidden if blocks is None else text(num_blocks=blocks)
+                logits = model.associate(model.noun_states(states, batch["seg_pos"]), embed)
                 # A row without entity is no negative: a query could have become an entity, such a row cannot.
                 pairs = config if model.config.reconstructs else dataclasses.replace(config, unmatched="ignore")
                 association = association_loss(

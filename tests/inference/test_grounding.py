@@ -161,6 +161,33 @@ def test_entities_without_reconstruction(random_model, tiny_gella_config, short_
         Reconstructor(model)
 
 
+def test_nouns_of_the_first_blocks(random_model, tiny_gella_config, short_prompts, word_tokenizer, pictures):
+    entities = RoiAlignConfig(8, EntityBlocksConfig(dim=32, num_heads=4, ffn_dim=48, num_blocks=0), bins=2)
+    config = dataclasses.replace(tiny_gella_config, entities=entities, noun_blocks=1, seg_hidden="predict")
+    model = random_model(config, Gella)
+    with pytest.raises(ValueError, match="reads nouns after 1 blocks"):
+        Grounder(model, word_tokenizer, short_prompts)
+    grounder = Grounder(model, word_tokenizer, short_prompts, nouns="rule")
+    images, masks = pictures
+    (scene,) = grounder.look(images[:1], masks[:1])
+    (result,) = grounder.ground([scene], ["a red dog sees two cats"])
+    assert [phrase.text for phrase in result.phrases] == ["red dog", "two cats"]
+    builder = SequenceBuilder(word_tokenizer, short_prompts, config.num_image_tokens)
+    sequence = builder.build(
+        [Turn("Nouns: a red dog sees two cats", short_prompts.list_answer(["red dog", "two cats"]))]
+    )
+
+    @jax.jit
+    def by_hand(model, vision, embed, ids, positions):
+        states, _ = model.llm(model.embed_text(vision, ids), num_blocks=1, lora=model.lora)
+        return model.associate(jnp.take_along_axis(states, positions[..., None] - 1, axis=1), embed)
+
+    arrays = (scene.vision, scene.embed[0], sequence.ids, sequence.seg_pos)
+    logits = by_hand(model, *(jnp.asarray(array)[None] for array in arrays))
+    best = jax.nn.sigmoid(logits)[0, :, :3].max(axis=1)
+    np.testing.assert_allclose([phrase.best_score for phrase in result.phrases], best, atol=1e-5)
+
+
 def test_bad_input(grounder, scenes, pictures, tiny_gella, short_prompts, word_tokenizer):
     images, masks = pictures
     for call, message in (

@@ -87,6 +87,7 @@ def test_what_pytorch_has_no_modules_for(variants, tmp_path):
         (GellaConfig(entities=RoiAlignConfig()), "no PyTorch modules for GELLA with RoiAlignConfig"),
         (dataclasses.replace(plain, entities=masked), "know no key_padding"),
         (dataclasses.replace(plain, pad_position="center"), "no pad_position but bottom_right"),
+        (dataclasses.replace(plain, image_size=64, vision_stride=16), "know no vision_stride 16"),
     ):
         with pytest.raises(ConversionError, match=message):
             save_language(tmp_path / "out", {}, config)

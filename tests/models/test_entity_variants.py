@@ -21,6 +21,7 @@ from esg_jax.models.entity_variants import (
     MaskAttention,
     MaskAttentionConfig,
     RoiAlignConfig,
+    _geometry,
 )
 from esg_jax.models.gella import Gella, GellaConfig
 from esg_jax.train.optim import OptimConfig
@@ -85,6 +86,24 @@ def test_masks_change_the_logits():
         config = MaskAttentionConfig(1, BLOCKS, operation, mask_gain=2.0)
         model = nnx.eval_shape(lambda config=config: MaskAttention(config, 16, rngs=nnx.Rngs(0)))
         np.testing.assert_allclose(model.rescore(share)(logits)[0, 1, 0], wanted)
+
+
+def test_geometry():
+    """In a blank image, place and size are all that tells entities apart."""
+    labels = np.zeros((1, 64, 64), np.int32)
+    labels[0, :16, 32:], labels[0, 16:32, 32:], labels[0, 40:48, :32] = 1, 2, 3
+    np.testing.assert_allclose(
+        _geometry(labels, np.array([[512, 512, 256, 0]]))[0, :3, :7],
+        [
+            [0.5, 0, 1, 0.25, 0.5, 0.25, 0.125**0.5],
+            [0.5, 0.25, 1, 0.5, 0.5, 0.25, 0.125**0.5],
+            [0, 0.625, 0.5, 0.75, 0.5, 0.125, 0.25],
+        ],
+    )
+    for geometry in (False, True):
+        model = build(MaskAttentionConfig(4, dataclasses.replace(BLOCKS, geometry=geometry), mask_gain=0.0))
+        embed = nnx.jit(lambda model, *x: model(*x).embed)(model, np.zeros((1, 4, 4, 16), np.float32), labels)[0]
+        assert (np.abs(embed[0] - embed[1]).max() > 1e-2) == (np.abs(embed[0] - embed[2]).max() > 1e-2) == geometry
 
 
 def test_values_of_binary_masks():

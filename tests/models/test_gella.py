@@ -86,6 +86,48 @@ def test_forward_shapes_and_padding(config, model):
     np.testing.assert_array_equal(run(model, painted)[0], vision)
 
 
+def test_finer_grid_and_pooled_tokens(config):
+    """MobileNetV2's last two maps side by side; the language model sees their means over squares."""
+    fine = dataclasses.replace(config, vision=MobileNetV2Config(), image_size=64, vision_stride=16, token_pooling=2)
+    assert (fine.grid, fine.num_image_tokens) == (4, 4)
+    model = Gella(fine, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    image, size = rng.integers(0, 256, (1, 64, 64, 3), np.uint8), np.array([[64, 64]], np.int32)
+    coarse = Gella(dataclasses.replace(fine, vision_stride=32, token_pooling=1), rngs=nnx.Rngs(0))
+    vision, last = (nnx.jit(lambda m: m.vision_tokens(image, size))(m) for m in (model, coarse))
+    assert vision.shape == (1, 4, 4, 96 + 320) and last.shape == (1, 2, 2, 320)
+    for row, column in ((0, 0), (1, 1), (0, 2), (3, 1)):
+        np.testing.assert_array_equal(vision[0, row, column, 96:], last[0, row // 2, column // 2])
+    ids = np.full((1, 6), 5, np.int32)
+    ids[0, 1:5] = fine.image_id
+    embedded = model.embed_text(vision, ids)
+    expected = model.projector(vision[:, :2, 2:].mean(axis=(1, 2)))
+    np.testing.assert_allclose(embedded[:, 2], expected, atol=1e-5)
+
+
+def test_nouns_of_the_first_blocks(config):
+    early = dataclasses.replace(config, noun_blocks=1)
+    batch = make_batch(config, 2)
+    for answer in (0.0, 1.0):
+        step, other = (train_step(c, (1, 1, 1), answer=answer) for c in (early, config))
+        _, (losses,) = run_steps(step, [batch])
+        _, (whole,) = run_steps(other, [batch])
+        assert losses["loss_association"] != whole["loss_association"]
+        assert losses.get("loss_answer") == whole.get("loss_answer")
+
+
+def test_configurations_that_do_not_fit(config):
+    for change, message in (
+        ({"vision_stride": 8}, "vision_stride is 8"),
+        ({"vision_stride": 16}, "only MobileNetV2 has a choice"),
+        ({"token_pooling": 3}, "token_pooling is 3; it must divide the grid"),
+        ({"noun_blocks": 99}, "noun_blocks is 99"),
+        ({"noun_blocks": 0}, "noun_blocks is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(config, **change)
+
+
 def test_wrong_image_size_is_refused(model):
     with pytest.raises(ValueError, match="image_size"):
         model.vision_tokens(jnp.zeros((1, 40, 32, 3)), jnp.array([[40, 32]]))

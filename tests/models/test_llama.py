@@ -174,6 +174,18 @@ def test_bfloat16_keeps_float32_logits():
     assert np.corrcoef(logits.ravel(), exact.ravel())[0, 1] > 0.995
 
 
+def test_the_first_blocks_alone(model):
+    """They are a shorter model, final norm included."""
+    short = random_model(dataclasses.replace(model.config, num_layers=2))
+    graph, state = nnx.split(short)
+    state["layers"] = jax.tree.map(lambda x: x[:2], nnx.state(model)["layers"])
+    state["norm"], state["embed"] = (nnx.state(model)[name] for name in ("norm", "embed"))
+    expected, _ = forward(nnx.merge(graph, state), IDS)
+    found, cache = jax.jit(lambda model: model(model.embed(IDS), num_blocks=2))(model)
+    assert cache is None and np.abs(found - forward(model, IDS)[0]).max() > 0.1
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_errors_name_the_sizes(model):
     with pytest.raises(ValueError, match="width .33."):
         LlamaConfig(width=33, num_heads=4)
@@ -181,3 +193,5 @@ def test_errors_name_the_sizes(model):
         LlamaConfig(num_kv_heads=3)
     with pytest.raises(ValueError, match="9 tokens do not fit a cache of 8"):
         model(model.embed(IDS), cache=KVCache.empty(model.config, 2, 8))
+    with pytest.raises(ValueError, match="run it without num_blocks"):
+        model(model.embed(IDS), cache=KVCache.empty(model.config, 2, 16), num_blocks=1)
