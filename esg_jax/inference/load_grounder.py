@@ -49,6 +49,8 @@ def load_grounder(
         ValueError: no GELLA, no tokenizer named, an unknown rule.
     """
     path = Path(path) if path else demo_grounder()
+    if not path.exists():
+        raise FileNotFoundError(f"no GELLA weights at {path}")
     info = weights.read_info(path)[1] if weights.is_weights_file(path) else {}
     known = info.get("grounding", {})
     config = from_dict(GroundingConfig, {**known.get("rules", {}), **(rules or {})}, "rule")

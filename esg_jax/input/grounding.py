@@ -39,6 +39,9 @@ from esg_jax.text.sequences import SequenceBuilder, Tokenizer, TokenSequence, Tu
 
 logger = logging.getLogger(__name__)
 
+# Words that may mean the same mask, as `_words` leaves them.
+_PEOPLE = frozenset("man men woman women boy girl child children kid guy lady person peopl player".split())
+
 # Steps over which the ratios of the tasks hold exactly.
 _BLOCK = 100
 
@@ -60,6 +63,9 @@ class GroundingDataConfig:
     conversation, prompts: style of `Prompts` and the file with the wording (empty: the packaged one).
     with_count: answers begin with the number of phrases.
     hflip: probability of mirroring the picture, "left" and "right" in the caption with it.
+    mismatched: probability that grounding is asked with a caption of another image, whose nouns are then not to be
+        found, but for those that share a word with a caption of this one; they count for nothing. Captions name only
+        what is there, so without this a model never learns to find nothing.
     batch_size: samples per step over all hosts.
     num_workers, num_threads, prefetch: as in `pipeline.DataConfig`.
     """
@@ -78,6 +84,7 @@ class GroundingDataConfig:
     prompts: str = ""
     with_count: bool = True
     hflip: float = 0.0
+    mismatched: float = 0.0
     batch_size: int = 16
     seed: int = 0
     num_workers: int = 0
@@ -94,6 +101,8 @@ class GroundingDataConfig:
         check_pad_position(self.pad_position, "data.pad_position")
         if min(self.ratios) < 0 or sum(self.ratios) <= 0:
             raise ValueError(f"data.ratios are {self.ratios}; they must not be negative, nor all zero")
+        if not 0 <= self.mismatched < 1:
+            raise ValueError(f"data.mismatched is {self.mismatched}; it must be at least 0 and below 1")
         if self.sampling not in ("per_step", "per_sample"):
             raise ValueError(f"data.sampling is {self.sampling!r}; choose per_step or per_sample")
         sources = {name: dataclasses.asdict(source) for name, source in self.source_configs().items()}
@@ -157,7 +166,10 @@ def train_dataset(
             logger.info("data source %s: %d of %d captions for %s", source_name, len(rows), len(narratives), name)
             stream = grain.MapDataset.source(_Rows(narratives, rows))
             stream = stream.seed(seed_of(config.seed, task, number)).shuffle().repeat()
-            stream = stream.random_map(ExampleMaker(task, config, builder))
+            strangers = None
+            if config.mismatched and task == 2 and narratives.kind == "caption":
+                strangers = Strangers(narratives, rows)
+            stream = stream.random_map(ExampleMaker(task, config, builder, strangers))
             streams.append(stream[hosts] if per_step else stream)
             weights.append(source.weight)
         if not streams:
@@ -235,6 +247,31 @@ def _rows(narratives: Narratives, task: str) -> np.ndarray:
     return np.flatnonzero(narratives.num_phrases > 0) if task == "extraction" else np.arange(len(narratives))
 
 
+class Strangers:
+    """Captions of other images, whose nouns a picture does not show."""
+
+    def __init__(self, narratives: Narratives, rows: np.ndarray):
+        """`rows`: the captions to draw from."""
+        self._narratives, self._rows = narratives, rows
+        self._words: dict[str, set[str]] = {}
+        for row in range(len(narratives)):
+            narrative = narratives[row]
+            self._words.setdefault(narrative.record.name, set()).update(_words(narrative.caption))
+
+    def __call__(self, narrative: Narrative, rng: np.random.Generator) -> tuple[str, list[tuple[str, int]], list[bool]]:
+        """A caption, its phrases with their ends, and which of them no caption of `narrative`'s image speaks of."""
+        other = self._narratives[int(rng.choice(self._rows))]
+        told = self._words[narrative.record.name]
+        absent = [not _words(phrase.text) & told for phrase in other.phrases]
+        return other.caption, [(phrase.text, phrase.end) for phrase in other.phrases], absent
+
+
+def _words(text: str) -> set[str]:
+    """Words of a text without endings of the plural, all people alike; one or two letters say nothing."""
+    found = {word.removesuffix("s").removesuffix("e") for word in re.findall(r"[a-z]{3,}", text.lower())} - {"th"}
+    return found | {"person"} if found & _PEOPLE else found
+
+
 @dataclasses.dataclass(frozen=True)
 class ExampleMaker:
     """One narrative to one sample of a batch (without the batch dimension)."""
@@ -242,6 +279,7 @@ class ExampleMaker:
     task: int
     config: GroundingDataConfig
     builder: SequenceBuilder
+    strangers: Strangers | None = None
 
     def __call__(self, narrative: Narrative, rng: np.random.Generator) -> dict[str, np.ndarray]:
         config, prompts = self.config, self.builder.prompts
@@ -249,6 +287,9 @@ class ExampleMaker:
         question, flip = int(rng.integers(len(questions))), bool(rng.random() < config.hflip)
         caption, phrases = narrative.caption, [(phrase.text, phrase.end) for phrase in narrative.phrases]
         asked = narrative.kind == "question"
+        absent: list[bool] = []
+        if self.strangers is not None and rng.random() < config.mismatched:
+            caption, phrases, absent = self.strangers(narrative, rng)
         sequence, count = self._sequence(caption, phrases[: config.max_phrases], question, flip, asked)
         text = pad_sequences([sequence], config.length(self.task), config.max_phrases, self.builder.tokenizer.pad_id)
 
@@ -266,7 +307,8 @@ class ExampleMaker:
         links = np.zeros((config.max_phrases, config.max_entities), bool)
         linked = np.zeros(config.max_phrases, bool)
         if self.task == 2:
-            for row, rows in enumerate(meant[:count]):
+            linked[: len(absent[:count])] = absent[:count]
+            for row, rows in enumerate([] if absent else meant[:count]):
                 kept = slots[list(rows)]
                 links[row, kept[kept >= 0]] = True
                 # Nothing answers the question: all pairs are negative.

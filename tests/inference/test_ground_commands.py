@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 from esg_jax.cli import main
 from esg_jax.evaluation.tasks_grounding import phrase_grounding, referring_segmentation
 from esg_jax.inference import ground_commands, grounding_writers
+from esg_jax.interop.gguf import packaged_smollm2
 from esg_jax.weights import save_weights
 
 
@@ -145,7 +146,7 @@ def test_wrong_use(monkeypatch, folder, tmp_path, capsys, arguments, options, me
 def test_model_errors(folder, tmp_path, capsys, tiny_checkpoint):
     argv = ["ground", str(folder / "images"), "--out", str(tmp_path), "--caption", "--masks", str(folder / "masks")]
     for extra, message in (
-        (["--model", str(tmp_path / "none.safetensors")], "none.safetensors"),
+        (["--model", str(tmp_path / "none.safetensors")], "no GELLA weights at"),
         (["--model", str(tiny_checkpoint)], "does not say which tokenizer it needs; give --tokenizer"),
         (["--model", str(tiny_checkpoint), "--rule", "thresold=1"], "thresold"),
         (["--model", str(tiny_checkpoint), "--rule", "threshold"], "expected NAME=VALUE"),
@@ -196,3 +197,29 @@ def test_official_formats(grounder, pictures, tmp_path):
     records = grounding_writers.instance_records(7, instances, [18, 187])
     assert records and all(record["category_id"] in (18, 187) for record in records)
     assert grounding_writers.text_record(result) == ["dog", "cats"]
+
+
+@pytest.mark.slow
+def test_the_packaged_weights(tmp_path):
+    """Packaged language model, GELLA and masks from a file: nouns of a caption in a photograph."""
+    data = pytest.importorskip("skimage.data")
+    for package in ("gguf", "tokenizers"):
+        pytest.importorskip(package)
+    try:
+        packaged_smollm2()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    photo = data.astronaut()
+    y, x = np.mgrid[: photo.shape[0], : photo.shape[1]]
+    labels = np.full(photo.shape[:2], 3, np.uint8)
+    labels[((y - 150) / 160) ** 2 + ((x - 225) / 75) ** 2 < 1] = 1
+    labels[(y > 200) & (np.abs(x - 230) < (y - 120) * 0.75) & (x > 60)] = 1
+    labels[(x < 80) & (y < 380)] = 2
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    Image.fromarray(labels).save(tmp_path / "masks.png")
+    arguments = ["ground", str(tmp_path / "photo.png"), "--masks", str(tmp_path / "masks.png"), "--out"]
+    assert main([*arguments, str(tmp_path / "found"), "--text", "A woman is smiling."]) == 0
+    (record,) = json.loads((tmp_path / "found" / "grounding.json").read_text())
+    (phrase,) = record["phrases"]
+    assert phrase["text"] == "woman" and phrase["mask_ids"][0] == 1 and phrase["best_score"] > 0.5
+    assert (tmp_path / "found" / "photo_grounding.png").stat().st_size > 10_000

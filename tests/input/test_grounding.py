@@ -372,3 +372,30 @@ def test_the_nearest_resize_makes_no_new_label():
         resized, size = square_labels(labels, side)
         assert set(np.unique(resized)) <= {0, 3, 40, 250} and resized[: size[0], : size[1]].any()
         assert not resized[size[0] :].any() and not resized[:, size[1] :].any()
+
+
+def test_captions_of_other_images(root, tmp_path):
+    """Their nouns mean nothing here, unless a word of them is also said of this image."""
+    content = json.loads((root / "linked.json").read_text())
+    for number, caption in enumerate(content["captions"]):
+        if number % 2:
+            text = "A person beside red cows."
+            phrases = [{"text": "A person", "start": 0, "end": 8}, {"text": "red cows", "start": 16, "end": 24}]
+            extra = {"plural": False, "mask_ids": caption["phrases"][0]["mask_ids"]}
+            caption |= {"caption": text, "phrases": [phrase | extra for phrase in phrases]}
+    for image in content["images"]:
+        image["file_name"] = str(root / image["file_name"])
+    (tmp_path / "linked.json").write_text(json.dumps(content))
+    tokenizer = ByteTokenizer()
+    fields = {"ratios": (0, 0, 1), "batch_size": 1, "sources": {"x": {"captions": str(tmp_path / "linked.json")}}}
+    plain, shuffled = (train_dataset(config(root, mismatched=p, **fields), tokenizer) for p in (0.0, 0.999))
+    kinds = set()
+    for step in range(24):
+        (links,), (linked,), (valid,) = (shuffled[step][name] for name in ("links", "linked", "seg_valid"))
+        assert not links.any() and not linked[~valid].any()
+        assert plain[step]["links"].any() and plain[step]["image"].shape == shuffled[step]["image"].shape
+        kinds.add((int(valid.sum()), tuple(linked[valid].tolist())))
+    # "red cows" shares a word with "red top", so under that caption's image it counts for nothing, as all of its own.
+    assert (2, (True, False)) in kinds and (2, (False, False)) in kinds, kinds
+    with pytest.raises(ValueError, match="data.mismatched is 1"):
+        config(root, mismatched=1)

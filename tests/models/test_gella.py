@@ -11,6 +11,7 @@ from flax import nnx
 from esg_jax.losses.cropformer import LossConfig
 from esg_jax.losses.gella import GellaLossConfig
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
+from esg_jax.models.entity_variants import EntityBlocksConfig, RoiAlignConfig
 from esg_jax.models.gella import Gella
 from esg_jax.train.optim import OptimConfig
 from esg_jax.train.sharding import make_mesh
@@ -106,14 +107,16 @@ def test_finer_grid_and_pooled_tokens(config):
 
 
 def test_nouns_of_the_first_blocks(config):
-    early = dataclasses.replace(config, noun_blocks=1)
-    batch = make_batch(config, 2)
-    for answer in (0.0, 1.0):
-        step, other = (train_step(c, (1, 1, 1), answer=answer) for c in (early, config))
-        _, (losses,) = run_steps(step, [batch])
-        _, (whole,) = run_steps(other, [batch])
-        assert losses["loss_association"] != whole["loss_association"]
-        assert losses.get("loss_answer") == whole.get("loss_answer")
+    blocks = EntityBlocksConfig(dim=32, num_heads=4, ffn_dim=48, num_blocks=0)
+    whole = dataclasses.replace(config, entities=RoiAlignConfig(config.num_queries, blocks, bins=2))
+    early, batch = dataclasses.replace(whole, noun_blocks=1), make_batch(config, 2)
+    losses = [
+        run_steps(train_step(model, (1, 1, 1), answer=answer), [batch])[1][0]
+        for model, answer in ((whole, 1.0), (early, 1.0), (early, 0.0))
+    ]
+    nouns, answers = ([terms.get(f"loss_{name}") for terms in losses] for name in ("association", "answer"))
+    assert abs(nouns[0] - nouns[1]) > 1e-4 and abs(nouns[1] - nouns[2]) < 1e-6
+    assert abs(answers[0] - answers[1]) < 1e-6 and answers[2] is None
 
 
 def test_configurations_that_do_not_fit(config):

@@ -1,11 +1,23 @@
-"""The sharding table: first match, fallback, and errors that name what is wrong."""
+"""The sharding table: first match, fallback, and errors that name what is wrong; and what the compiler makes of it."""
+
+import dataclasses
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from esg_jax.losses.gella import GellaLossConfig
+from esg_jax.models.gella import Gella
+from esg_jax.models.llama import LlamaConfig
+from esg_jax.train.optim import OptimConfig
 from esg_jax.train.sharding import LargestDim, make_mesh, partition_specs, put_batch, tree_shardings
+from esg_jax.train.state import ModelDef
+from esg_jax.train.step import TrainStep
+from esg_jax.train.tasks import GroundingTask
 
 
 def shape(*sizes):
@@ -70,3 +82,30 @@ def test_batch_must_divide_over_devices(mesh):
     with pytest.raises(ValueError, match="batch size 6 does not divide over 4 devices"):
         put_batch({"image": np.zeros((6, 2))}, mesh)
     assert put_batch({"image": np.zeros((8, 2))}, mesh)["image"].sharding.spec == P(("data", "fsdp"))
+
+
+@pytest.mark.slow
+def test_language_model_works_on_its_own_rows(tiny_gella_config):
+    """FSDP gathers weights. Left alone the partitioner sums activations of the whole batch over devices instead."""
+    llm = LlamaConfig(vocab_size=64, width=128, num_layers=3, num_heads=4, num_kv_heads=4, ffn_dim=256)
+    config = dataclasses.replace(tiny_gella_config, llm=llm, lora=None)
+    step = TrainStep(
+        ModelDef(lambda: Gella(config, rngs=nnx.Rngs(0), remat=True)),
+        GroundingTask(GellaLossConfig(), config.num_queries),
+        optim=OptimConfig(),
+        total_steps=10,
+        mesh=make_mesh(1, 4, 1, devices=jax.devices()[:4]),
+    )
+    rows, length = 4, 17
+    shapes = {
+        "image": ((32, 32, 3), jnp.uint8),
+        "image_size": ((2,), jnp.int32),
+        "ids": ((length,), jnp.int32),
+        "answer": ((length,), jnp.bool_),
+    }
+    batch = {name: jax.ShapeDtypeStruct((rows, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+    program = step.lower(batch).compile().as_text()
+    collectives = re.findall(r"= (.*?) (all-reduce|all-gather)(?:-start)?\(", program)
+    assert any(kind == "all-gather" and "f32[128,256]" in what for what, kind in collectives)
+    summed = [what for what, kind in collectives if kind == "all-reduce" and f"[{rows},{length}" in what]
+    assert not summed, summed
