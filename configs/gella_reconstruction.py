@@ -3,8 +3,8 @@
     python train.py --config=configs/gella_reconstruction.py:../shared/realdata --workdir=runs/reconstruction
 
 No text is involved. `--config.model.entities.resoblend.mode=paper` trains the literal wiring of ResoBlend.
-`--config.init_from=runs/reconstruction` starts GELLA from the result, with `--config.init_optional='^(llm|projector|
-association|lora)\\.'`.
+`gella_variants.py:colormap` starts GELLA from the result with `--config.init_from=runs/reconstruction
+--config.init_optional='^(llm|projector|association|lora)\\.'`.
 """
 
 from configs import common

@@ -68,6 +68,14 @@ def test_variants_of_gella(variant):
         load("gella_variants", "crops")
 
 
+def test_gella_starts_from_its_reconstruction():
+    (_, first), (_, then) = load("gella_reconstruction", "folder"), load("gella_variants", "colormap,folder")
+    definitions = [run.model_def() for run in (first, then)]
+    ours, whole = ({**definition.params, **definition.constants} for definition in definitions)
+    visual = {name: leaf.shape for name, leaf in whole.items() if name.startswith("visual.")}
+    assert {name: leaf.shape for name, leaf in ours.items()} == visual
+
+
 def test_no_config_is_forgotten():
     found = {file.stem for file in FOLDER.glob("*.py")} - {"common", "finetune"}
     assert found == set(PLAIN + MASK2FORMER + GELLA)

@@ -287,7 +287,7 @@ class ExampleMaker:
         question, flip = int(rng.integers(len(questions))), bool(rng.random() < config.hflip)
         caption, phrases = narrative.caption, [(phrase.text, phrase.end) for phrase in narrative.phrases]
         asked = narrative.kind == "question"
-        absent: list[bool] = []
+        absent: list[bool] | None = None
         if self.strangers is not None and rng.random() < config.mismatched:
             caption, phrases, absent = self.strangers(narrative, rng)
         sequence, count = self._sequence(caption, phrases[: config.max_phrases], question, flip, asked)
@@ -307,8 +307,9 @@ class ExampleMaker:
         links = np.zeros((config.max_phrases, config.max_entities), bool)
         linked = np.zeros(config.max_phrases, bool)
         if self.task == 2:
-            linked[: len(absent[:count])] = absent[:count]
-            for row, rows in enumerate([] if absent else meant[:count]):
+            if absent is not None:
+                linked[:count], meant = absent[:count], []
+            for row, rows in enumerate(meant[:count]):
                 kept = slots[list(rows)]
                 links[row, kept[kept >= 0]] = True
                 # Nothing answers the question: all pairs are negative.
