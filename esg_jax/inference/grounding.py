@@ -80,10 +80,7 @@ class Grounder:
         if nouns not in ("model", "rule"):
             raise ValueError(f"nouns is {nouns!r}; choose model or rule")
         if nouns == "model" and model.config.noun_blocks is not None:
-            raise ValueError(
-                f"this model reads nouns after {model.config.noun_blocks} blocks (noun_blocks) and writes no <SEG>; "
-                "set nouns to rule"
-            )
+            raise ValueError("this model reads nouns early (noun_blocks) and writes no <SEG>; set nouns to rule")
         for name in ("image_id", "seg_id"):
             if getattr(model.config, name) != getattr(tokenizer, name):
                 raise ValueError(
@@ -281,7 +278,7 @@ class Grounder:
         """Finds what answers a question; forced with the answer "<SEG>", else the model answers in its own words.
 
         Raises:
-            ValueError: an empty question.
+            ValueError: an empty question, or a model with `noun_blocks` asked for its own words.
         """
         questions = [_some_text(question) for question in questions]
         if forced:
@@ -289,6 +286,8 @@ class Grounder:
             sequences = [self._builder.build([Turn(question, answer)]) for question in questions]
             answers = [("", values, True) for values in self._scores(scenes, sequences)]
         else:
+            if self.model_config.noun_blocks is not None:
+                raise ValueError("this model reads nouns early (noun_blocks) and answers in no words; leave forced on")
             written = self._generate(scenes, [self._builder.build([Turn(question)]) for question in questions])
             answers = [(self._builder.text(ids), values, done) for ids, values, done in written]
         out = []

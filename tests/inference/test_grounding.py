@@ -165,26 +165,31 @@ def test_nouns_of_the_first_blocks(random_model, tiny_gella_config, short_prompt
     entities = RoiAlignConfig(8, EntityBlocksConfig(dim=32, num_heads=4, ffn_dim=48, num_blocks=0), bins=2)
     config = dataclasses.replace(tiny_gella_config, entities=entities, noun_blocks=1, seg_hidden="predict")
     model = random_model(config, Gella)
-    with pytest.raises(ValueError, match="reads nouns after 1 blocks"):
+    with pytest.raises(ValueError, match="reads nouns early .noun_blocks. and writes no <SEG>"):
         Grounder(model, word_tokenizer, short_prompts)
     grounder = Grounder(model, word_tokenizer, short_prompts, nouns="rule")
     images, masks = pictures
     (scene,) = grounder.look(images[:1], masks[:1])
     (result,) = grounder.ground([scene], ["a red dog sees two cats"])
     assert [phrase.text for phrase in result.phrases] == ["red dog", "two cats"]
+    with pytest.raises(ValueError, match="answers in no words"):
+        grounder.reason([scene], ["what barks?"], forced=False)
     builder = SequenceBuilder(word_tokenizer, short_prompts, config.num_image_tokens)
     sequence = builder.build(
         [Turn("Nouns: a red dog sees two cats", short_prompts.list_answer(["red dog", "two cats"]))]
     )
 
-    @jax.jit
-    def by_hand(model, vision, embed, ids, positions):
-        states, _ = model.llm(model.embed_text(vision, ids), num_blocks=1, lora=model.lora)
+    def by_hand(model, vision, embed, ids, positions, blocks):
+        states, _ = model.llm(model.embed_text(vision, ids), num_blocks=blocks, lora=model.lora)
         return model.associate(jnp.take_along_axis(states, positions[..., None] - 1, axis=1), embed)
 
     arrays = (scene.vision, scene.embed[0], sequence.ids, sequence.seg_pos)
-    logits = by_hand(model, *(jnp.asarray(array)[None] for array in arrays))
-    best = jax.nn.sigmoid(logits)[0, :, :3].max(axis=1)
+    arrays = tuple(jnp.asarray(array)[None] for array in arrays)
+    best, late = (
+        jax.nn.sigmoid(jax.jit(by_hand, static_argnums=5)(model, *arrays, blocks))[0, :, :3].max(axis=1)
+        for blocks in (1, None)
+    )
+    assert np.abs(best - late).max() > 1e-3, "so that the comparison can fail"
     np.testing.assert_allclose([phrase.best_score for phrase in result.phrases], best, atol=1e-5)
 
 

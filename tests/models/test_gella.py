@@ -10,6 +10,7 @@ from flax import nnx
 
 from esg_jax.losses.cropformer import LossConfig
 from esg_jax.losses.gella import GellaLossConfig
+from esg_jax.models.backbones.frozen_norm import FrozenBatchNorm
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
 from esg_jax.models.entity_variants import EntityBlocksConfig, RoiAlignConfig
 from esg_jax.models.gella import Gella
@@ -95,14 +96,21 @@ def test_finer_grid_and_pooled_tokens(config):
     rng = np.random.default_rng(0)
     image, size = rng.integers(0, 256, (1, 64, 64, 3), np.uint8), np.array([[64, 64]], np.int32)
     coarse = Gella(dataclasses.replace(fine, vision_stride=32, token_pooling=1), rngs=nnx.Rngs(0))
+    for some in (model, coarse):  # so that random weights do not forget the image
+        for _, node in nnx.iter_modules(some.visual.image_encoder):
+            if isinstance(node, FrozenBatchNorm):
+                node.scale[...] *= 2.2
     vision, last = (nnx.jit(lambda m: m.vision_tokens(image, size))(m) for m in (model, coarse))
+    assert np.abs(last).max() > 1e-2 and np.ptp(last, axis=(1, 2)).max() > 1e-3
     assert vision.shape == (1, 4, 4, 96 + 320) and last.shape == (1, 2, 2, 320)
     for row, column in ((0, 0), (1, 1), (0, 2), (3, 1)):
         np.testing.assert_array_equal(vision[0, row, column, 96:], last[0, row // 2, column // 2])
     ids = np.full((1, 6), 5, np.int32)
     ids[0, 1:5] = fine.image_id
-    embedded = model.embed_text(vision, ids)
-    expected = model.projector(vision[:, :2, 2:].mean(axis=(1, 2)))
+    grid = rng.normal(size=vision.shape).astype(np.float32)
+    embedded = model.embed_text(grid, ids)
+    expected = model.projector(grid[:, :2, 2:].mean(axis=(1, 2)))
+    assert np.abs(expected - embedded[:, 1]).max() > 1e-3
     np.testing.assert_allclose(embedded[:, 2], expected, atol=1e-5)
 
 
