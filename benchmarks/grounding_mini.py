@@ -7,6 +7,10 @@ mean IoU of chosen and true masks over phrases, accuracy the share with IoU >= 0
 image; and the masks whose category name shares a word with the phrase (the largest of them for a singular phrase, all
 for a plural one). The links of this data were themselves made by a list of words for every category, so the second
 baseline is close to the rule that made the answers: a ceiling for word matching, not a rival.
+
+AR gives every phrase an answer. The last two lines say what the model does by its thresholds: how many nouns of
+captions of other images (none of whose words a caption of this image has) are answered with a mask, and how many of the
+nouns that are there.
 """
 
 import argparse
@@ -26,6 +30,9 @@ from esg_jax.evaluation import grounding_predictions, rle, run, text_sets  # noq
 from esg_jax.evaluation.config import EvalConfig  # noqa: E402
 from esg_jax.evaluation.driver import progress  # noqa: E402
 from esg_jax.evaluation.report import format_value  # noqa: E402
+from esg_jax.input.grounding import Strangers  # noqa: E402
+from esg_jax.input.grounding_readers import open_narratives  # noqa: E402
+from esg_jax.input.narratives import GroundingSourceConfig  # noqa: E402
 
 COLUMNS = {"AR": "AR", "acc@0.5": "accuracy", "AR_Sing": "AR singular", "AR_Pl": "AR plural"}
 
@@ -54,6 +61,38 @@ def main() -> None:
     print("| | " + " | ".join(COLUMNS.values()) + " |\n|---|" + "---|" * len(COLUMNS))
     for name, result in scores.items():
         print(f"| {name} | " + " | ".join(format_value(result[column]) for column in COLUMNS) + " |")
+    for name, answers in answered(config, arguments.weights).items():
+        print(f"{name} nouns answered with a mask: {sum(answers)} of {len(answers)}")
+
+
+def answered(config: EvalConfig, weights: Path, *, draws: int = 2) -> dict[str, list[bool]]:
+    """Whether nouns that an image shows, and nouns that it does not, are answered with a mask.
+
+    Of every image the linked nouns of its first caption, and `draws` captions of other images.
+    """
+    narratives = open_narratives(GroundingSourceConfig(captions=config.captions, images=config.images))
+    strangers = Strangers(narratives, np.flatnonzero(narratives.num_linked > 0))
+    grounder = grounding_predictions.open_grounder(config, weights, "float32")
+    masks = grounding_predictions.InputMasks(config)
+    rng = np.random.default_rng(0)
+    images = text_sets.open_text_set(config).images[: config.max_images or None]
+    out: dict[str, list[bool]] = {"absent": [], "present": []}
+    for image in images:
+        narrative = image.texts[0][1]
+        linked = [phrase.text for phrase in text_sets.linked_phrases(narrative)]
+        asked = [("present", narrative.caption, linked, [True] * len(linked))]
+        for _ in range(draws):
+            caption, phrases, absent = strangers(narrative, rng)
+            asked.append(("absent", caption, [text for text, _ in phrases], absent))
+        scene = grounding_predictions.look(grounder, masks, [image.record])[0]
+        for name, caption, texts, counted in asked:
+            if scene is None:  # nothing to ground in: "not found"
+                out[name] += [False] * sum(counted)
+            elif texts:
+                (result,) = grounder.ground([scene], [caption], [texts])
+                pairs = zip(result.phrases, counted, strict=True)
+                out[name] += [phrase.found for phrase, counts in pairs if counts]
+    return out
 
 
 def baselines(config: EvalConfig) -> dict[str, list[dict]]:

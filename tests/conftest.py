@@ -33,6 +33,19 @@ def shared():
 
 
 @pytest.fixture(scope="session")
+def smollm2_path():
+    """The packaged language model's file, or skip."""
+    from esg_jax.interop.gguf import packaged_smollm2
+
+    for package in ("gguf", "tokenizers"):
+        pytest.importorskip(package)
+    try:
+        return packaged_smollm2()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
 def reference_model():
     """`reference_model(golden)` -> our model with the PyTorch parameters of a golden file, through the converter."""
     from esg_jax.interop.checkpoints import load_checkpoint

@@ -11,11 +11,19 @@ from data.scenes.render import render
 
 @dataclasses.dataclass(frozen=True)
 class SceneConfig:
-    """long_side: pixels, uniform; aspects: long over short side, one is drawn; entities: about log-uniform."""
+    """What scenes are like.
+
+    long_side: pixels, uniform in the range.
+    aspects: long over short side, one is drawn.
+    entities: about log-uniform in the range, before those too small are dropped.
+    min_area: fraction of the picture that an entity must show.
+    portrait: share of upright pictures.
+    """
 
     long_side: tuple[int, int] = (1500, 2500)
     aspects: tuple[float, ...] = (1.0, 1.25, 4 / 3, 4 / 3, 1.5, 1.5, 16 / 9)
     entities: tuple[int, int] = (5, 40)
+    min_area: float = 0.00025
     portrait: float = 0.3
 
 
@@ -36,7 +44,7 @@ def scene_layout(seed: int | tuple[int, ...], config: SceneConfig | None = None)
     long_side = int(rng.integers(config.long_side[0], config.long_side[1] + 1))
     short_side = int(long_side / rng.choice(config.aspects))
     width, height = (short_side, long_side) if rng.random() < config.portrait else (long_side, short_side)
-    return rng, make_layout(rng, width, height, config.entities)
+    return rng, make_layout(rng, width, height, config.entities, config.min_area)
 
 
 def render_scene(seed: int | tuple[int, ...], config: SceneConfig | None = None) -> Scene:

@@ -17,9 +17,13 @@ def main() -> None:
     parser.add_argument("--count", type=int, required=True, help="number of scenes")
     parser.add_argument("--seed", type=int, default=0, help="use another one for validation")
     parser.add_argument("--long-side", type=int, nargs=2, default=SceneConfig.long_side, metavar=("MIN", "MAX"))
+    parser.add_argument("--entities", type=int, nargs=2, default=SceneConfig.entities, metavar=("MIN", "MAX"))
+    parser.add_argument("--min-area", type=float, default=SceneConfig.min_area, help="of an entity, as a fraction")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     arguments = parser.parse_args()
-    config = SceneConfig(long_side=tuple(arguments.long_side))
+    config = SceneConfig(
+        long_side=tuple(arguments.long_side), entities=tuple(arguments.entities), min_area=arguments.min_area
+    )
     print(write_scenes(arguments.out, arguments.count, arguments.seed, config, arguments.workers))
 
 

@@ -40,10 +40,12 @@ def write_scenes(
     out = Path(out)
     file = out / "annotations.json"
     info = {"description": "procedural scenes", "version": VERSION, "seed": seed, "config": dataclasses.asdict(config)}
-    info = json.loads(json.dumps(info))  # as it reads back, tuples as lists
+    info, defaults = json.loads(json.dumps((info, dataclasses.asdict(SceneConfig()))))  # as read back, tuples as lists
     if file.exists():
         content = json.loads(file.read_text())
-        if content["info"] != info:
+        # Files of before a field existed have its default.
+        written = {**content["info"], "config": {**defaults, **content["info"]["config"]}}
+        if written != info:
             raise ValueError(f"{file} holds scenes of another seed or configuration: {content['info']}; remove {out}")
         if len(content["images"]) >= count:
             return file

@@ -8,8 +8,7 @@ from PIL import Image
 
 from data.scenes import shapes
 
-# Fraction of the picture that an entity must still show after occlusion, and of its own silhouette.
-MIN_AREA = 0.00025
+# Fraction of its own silhouette that an entity must still show after occlusion.
 MIN_VISIBLE = 0.2
 # Typical share of its box that a silhouette fills; makes sampled areas come out as asked.
 FILL = 0.55
@@ -43,8 +42,17 @@ class Layout:
     horizon: float  # row below which things stand, in pixels
 
 
-def make_layout(rng: np.random.Generator, width: int, height: int, count_range: tuple[int, int]) -> Layout:
-    """Draws the partition. The number of entities is about log-uniform in `count_range`."""
+def make_layout(
+    rng: np.random.Generator, width: int, height: int, count_range: tuple[int, int], min_area: float
+) -> Layout:
+    """Draws the partition.
+
+    Args:
+        rng: of this scene.
+        width, height: pixels.
+        count_range: the number of entities is about log-uniform in it, before those too small are dropped.
+        min_area: fraction of the picture that an entity must still show after occlusion.
+    """
     style = str(rng.choice(list(STYLES), p=[0.3, 0.2, 0.2, 0.18, 0.12]))
     labels, regions, horizon = STYLES[style](rng, width, height)
     low, high = count_range
@@ -53,12 +61,12 @@ def make_layout(rng: np.random.Generator, width: int, height: int, count_range: 
     items = _items(rng, max(total - len(regions), 2), width, height, style, horizon)
     for _ in range(3):
         painted = _paint(labels, regions, items)
-        keep = _visible_enough(painted, len(regions), items)
+        keep = _visible_enough(painted, len(regions), items, min_area)
         if all(keep):
             break
         items = [item for item, kept in zip(items, keep, strict=True) if kept]
     painted = _paint(labels, regions, items)
-    return _compact(Layout(painted, regions + items, style, horizon))
+    return _compact(Layout(painted, regions + items, style, horizon), min_area)
 
 
 def _paint(background: np.ndarray, regions: list[Item], items: list[Item]) -> np.ndarray:
@@ -80,20 +88,20 @@ def clip(item: Item, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return picture[y0:y1, x0:x1], mask
 
 
-def _visible_enough(labels: np.ndarray, first: int, items: list[Item]) -> list[bool]:
+def _visible_enough(labels: np.ndarray, first: int, items: list[Item], min_area: float) -> list[bool]:
     visible = np.bincount(labels.ravel(), minlength=first + len(items) + 1)[first + 1 :]
     return [
-        pixels >= MIN_AREA * labels.size and pixels >= MIN_VISIBLE * np.count_nonzero(clip(item, labels)[1])
+        pixels >= min_area * labels.size and pixels >= MIN_VISIBLE * np.count_nonzero(clip(item, labels)[1])
         for item, pixels in zip(items, visible, strict=True)
     ]
 
 
-def _compact(layout: Layout) -> Layout:
+def _compact(layout: Layout, min_area: float) -> Layout:
     """Drops background regions that nothing of is left to see, and renumbers."""
     counts = np.bincount(layout.labels.ravel(), minlength=len(layout.items) + 1)
     # Slivers of a covered region join the region that is painted first, keeping the partition exact.
     for number, item in enumerate(layout.items, start=1):
-        if item.mask is None and 0 < counts[number] < MIN_AREA * layout.labels.size:
+        if item.mask is None and 0 < counts[number] < min_area * layout.labels.size:
             largest = 1 + int(np.argmax([counts[k + 1] if i.mask is None else 0 for k, i in enumerate(layout.items)]))
             layout.labels[layout.labels == number] = largest
             counts[number] = 0

@@ -34,13 +34,11 @@ from esg_jax.input.narratives import TASKS, GroundingSourceConfig, Narrative, Na
 from esg_jax.input.pipeline import endless, seed_of
 from esg_jax.input.square import entity_map, square_image
 from esg_jax.ops.padding import check_pad_position
+from esg_jax.text.nouns import word_stems
 from esg_jax.text.prompts import Prompts
 from esg_jax.text.sequences import SequenceBuilder, Tokenizer, TokenSequence, Turn, pad_sequences
 
 logger = logging.getLogger(__name__)
-
-# Words that may mean the same mask, as `_words` leaves them.
-_PEOPLE = frozenset("man men woman women boy girl child children kid guy lady person peopl player".split())
 
 # Steps over which the ratios of the tasks hold exactly.
 _BLOCK = 100
@@ -256,20 +254,14 @@ class Strangers:
         self._words: dict[str, set[str]] = {}
         for row in range(len(narratives)):
             narrative = narratives[row]
-            self._words.setdefault(narrative.record.name, set()).update(_words(narrative.caption))
+            self._words.setdefault(narrative.record.name, set()).update(word_stems(narrative.caption))
 
     def __call__(self, narrative: Narrative, rng: np.random.Generator) -> tuple[str, list[tuple[str, int]], list[bool]]:
         """A caption, its phrases with their ends, and which of them no caption of `narrative`'s image speaks of."""
         other = self._narratives[int(rng.choice(self._rows))]
         told = self._words[narrative.record.name]
-        absent = [not _words(phrase.text) & told for phrase in other.phrases]
+        absent = [not word_stems(phrase.text) & told for phrase in other.phrases]
         return other.caption, [(phrase.text, phrase.end) for phrase in other.phrases], absent
-
-
-def _words(text: str) -> set[str]:
-    """Words of a text without endings of the plural, all people alike; one or two letters say nothing."""
-    found = {word.removesuffix("s").removesuffix("e") for word in re.findall(r"[a-z]{3,}", text.lower())} - {"th"}
-    return found | {"person"} if found & _PEOPLE else found
 
 
 @dataclasses.dataclass(frozen=True)

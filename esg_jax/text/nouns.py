@@ -1,4 +1,4 @@
-"""Noun phrases by rule, for language models that have not learned to list them.
+"""English nouns by rule: phrases for language models that have not learned to list them, and words to compare.
 
 A phrase is a run of words between punctuation, function words and verb forms. This needs no tagger and makes a tagger's
 mistakes more often: an uncommon verb without one of the endings is taken for a noun.
@@ -41,6 +41,18 @@ _NUMBERS = frozenset(
 _ED_NOUNS = frozenset(
     "red bed shed sled seed weed reed feed breed bred bread stuffed colored coloured striped framed".split()
 )
+
+# Words for people that may mean the same mask, as `word_stems` leaves them.
+_PEOPLE = frozenset("man men woman women boy girl child children kid guy lady person peopl player".split())
+
+
+def word_stems(text: str) -> set[str]:
+    """Words of an English text without endings of the plural, to find out whether two texts may mean the same thing.
+
+    Words of one or two letters and "the" say nothing and are left out; whoever a person is, "person" is among them.
+    """
+    found = {word.removesuffix("s").removesuffix("e") for word in re.findall(r"[a-z]{3,}", text.lower())} - {"th"}
+    return found | {"person"} if found & _PEOPLE else found
 
 
 def noun_phrases(text: str) -> list[str]:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 
 pytest.importorskip("skimage", reason="the photographs come from scikit-image (extra: demo)")
 
-from data.scenes import SceneConfig, render_scene
+from data.scenes import SceneConfig, render_scene, scene_layout
 from data.scenes.dataset import write_scenes
 from data.scenes.layout import make_layout
 from data.scenes.statistics import measure
@@ -18,7 +19,8 @@ SMALL = SceneConfig(long_side=(240, 300))
 @pytest.fixture(scope="module")
 def layouts():
     """Full-size layouts, without the slow painting."""
-    return [make_layout(np.random.default_rng((5, i)), 2000, 1500, SceneConfig().entities) for i in range(24)]
+    config = SceneConfig()
+    return [make_layout(np.random.default_rng((5, i)), 2000, 1500, config.entities, config.min_area) for i in range(24)]
 
 
 def test_equal_seeds_give_equal_pixels():
@@ -64,6 +66,14 @@ def test_labels_resemble_real_ones(layouts):
     assert np.percentile(statistics.areas, 90) > 0.15
     assert (statistics.parts > 1).mean() >= 0.1
     assert 2.0 <= np.median(statistics.compactness) <= 3.2
+
+
+def test_no_entity_is_smaller_than_asked():
+    config = SceneConfig(long_side=(512, 512), entities=(3, 12), min_area=0.01)
+    layouts = [scene_layout((9, i), config)[1] for i in range(24)]
+    smallest = [np.bincount(layout.labels.ravel())[1:].min() / layout.labels.size for layout in layouts]
+    assert min(smallest) >= 0.01
+    assert min(len(layout.items) for layout in layouts) >= 2 and max(len(layout.items) for layout in layouts) > 5
 
 
 @pytest.mark.slow
@@ -120,6 +130,17 @@ def test_writer_continues_and_extends(tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["annotations.json", "images"]
     with pytest.raises(ValueError, match="another seed or configuration"):
         write_scenes(out, 3, seed=1, config=SMALL)
+
+
+def test_writer_goes_on_with_scenes_of_before_a_field_existed(tmp_path):
+    file = write_scenes(tmp_path, 1, config=SMALL)
+    content = json.loads(file.read_text())
+    del content["info"]["config"]["min_area"]
+    file.write_text(json.dumps(content))
+    assert len(json.loads(write_scenes(tmp_path, 2, config=SMALL).read_text())["images"]) == 2
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="another seed or configuration"):
+        write_scenes(tmp_path, 2, config=dataclasses.replace(SMALL, min_area=0.01))
 
 
 def test_windows_continue_patterns_and_photographs_without_a_seam():

@@ -12,7 +12,6 @@ from pycocotools import mask as coco_mask
 from esg_jax.cli import main
 from esg_jax.evaluation.tasks_grounding import phrase_grounding, referring_segmentation
 from esg_jax.inference import ground_commands, grounding_writers
-from esg_jax.interop.gguf import packaged_smollm2
 from esg_jax.weights import save_weights
 
 
@@ -200,15 +199,10 @@ def test_official_formats(grounder, pictures, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("smollm2_path")
 def test_the_packaged_weights(tmp_path):
     """Packaged language model, GELLA and masks from a file: nouns of a caption in a photograph."""
     data = pytest.importorskip("skimage.data")
-    for package in ("gguf", "tokenizers"):
-        pytest.importorskip(package)
-    try:
-        packaged_smollm2()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
     photo = data.astronaut()
     y, x = np.mgrid[: photo.shape[0], : photo.shape[1]]
     labels = np.full(photo.shape[:2], 3, np.uint8)

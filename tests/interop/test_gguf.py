@@ -159,16 +159,11 @@ def test_missing_package_is_named_with_its_command(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.torch
-def test_smollm2_writes_what_transformers_writes():
+def test_smollm2_writes_what_transformers_writes(smollm2_path):
     """64 greedy tokens after five prompts, token for token, with the same dequantised weights."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    pytest.importorskip("tokenizers")
-    try:
-        path = packaged_smollm2()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    tokenizer, model = GgufTokenizer(path), load_llama(path)
+    tokenizer, model = GgufTokenizer(smollm2_path), load_llama(smollm2_path)
     prompts = [tokenizer.encode(text) for text in PROMPTS]
     lengths = np.array([len(prompt) for prompt in prompts])
     ids = np.stack([np.pad(prompt, (0, lengths.max() - len(prompt))) for prompt in prompts])

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 
-from esg_jax.interop.gguf import packaged_smollm2
 from esg_jax.text.prompts import Prompts, Special
 from esg_jax.text.sequences import SequenceBuilder, Turn, bucket_length, locate, pad_sequences
 from esg_jax.text.tokenizers import GgufTokenizer
@@ -127,15 +126,9 @@ def test_locate():
     assert locate(text, ["manual", "a man"]) == [(35, 41), (0, 5)]
 
 
-def test_the_packaged_tokenizer(prompts):
+def test_the_packaged_tokenizer(prompts, smollm2_path):
     """The same property with a real byte-level BPE."""
-    for package in ("gguf", "tokenizers"):
-        pytest.importorskip(package)
-    try:
-        path = packaged_smollm2()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    builder = SequenceBuilder(GgufTokenizer(path), prompts, 49)
+    builder = SequenceBuilder(GgufTokenizer(smollm2_path), prompts, 49)
     phrases = ["two red dogs", "12 cups on the left", "crème brûlée"]
     trained = builder.build([Turn("Which things?", prompts.list_answer(phrases))])
     generated = trained.ids[len(builder.build([Turn("Which things?")])) :].tolist()

@@ -5,7 +5,6 @@ import io
 import numpy as np
 import pytest
 
-from esg_jax.interop.gguf import packaged_smollm2
 from esg_jax.text.gguf_file import GgufFile
 from esg_jax.text.prompts import Prompts
 from esg_jax.text.sequences import SequenceBuilder, Turn
@@ -27,14 +26,6 @@ TEXTS = [
     "",
 ]
 CORPUS = "a dog and the red ball on green grass. which things does the sentence mention? it shows a dog."
-
-
-@pytest.fixture(scope="module")
-def smollm2_path():
-    try:
-        return packaged_smollm2()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
