@@ -107,9 +107,9 @@ METRICS: dict[str, Metric] = {
         (_option("--soft", action="store_true", help="the 2021 protocol: soft masks through 256x256"),),
     ),
     "res": Metric(
-        "referring / reasoning segmentation: cIoU, gIoU (JSON, see docs/evaluation.md)",
+        "referring / reasoning segmentation: cIoU, gIoU, N-acc, T-acc (JSON, see docs/evaluation.md)",
         lambda a: tasks_grounding.referring_segmentation(a.gt, a.pred, workers=a.workers),
-        ("cIoU", "gIoU"),
+        ("cIoU", "gIoU", "N-acc", "T-acc"),
     ),
     "rec": Metric(
         "referring comprehension: P@0.5 and others of boxes or masks (COCO JSON, one annotation per image)",

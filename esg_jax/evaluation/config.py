@@ -16,8 +16,8 @@ class EvalConfig:
 
     task: which head and metric: "entity" (AP^e), "instance" (mask AP), "panoptic" (PQ), "semantic" (mIoU),
         "reconstruction" (class-agnostic AP of the annotated masks after GELLA's vision branch), "narrative" (PNG AR,
-        AR_text) and "referring" (cIoU, gIoU, P@0.5) of GELLA; its weights also do "panoptic" and "instance", by the
-        names of the categories.
+        AR_text) and "referring" (cIoU, gIoU, P@0.5, N-acc, T-acc) of GELLA; its weights also do "panoptic" and
+        "instance", by the names of the categories.
     annotations: COCO JSON of the ground truth; for "semantic" a text file with lines ``image label_map``.
     images: folder that image names are relative to.
     masks: folder of ground-truth PNGs (panoptic, semantic); default: named like `annotations`.

@@ -24,7 +24,7 @@ COLUMNS = {
     "panoptic": ("PQ", "SQ", "RQ", "PQ_Th", "PQ_St"),
     "semantic": ("mIoU", "mIoU_with_predicted_only", "fwIoU", "mACC", "pACC"),
     "narrative": ("AR", "AR_Th", "AR_St", "AR_Sing", "AR_Pl", "acc@0.5"),
-    "referring": ("cIoU", "gIoU", "mIoU", "P@0.5"),
+    "referring": ("cIoU", "gIoU", "mIoU", "P@0.5", "N-acc", "T-acc"),
 }
 
 

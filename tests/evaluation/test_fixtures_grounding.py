@@ -92,6 +92,20 @@ def test_halves_merge_to_the_whole():
     assert halves[0].merge(halves[1]).result() == whole.result()
 
 
+def test_sentences_that_mean_nothing_are_counted_apart():
+    """Three sentences without target, one answered with a mask; two with a target, one not answered."""
+    empty, full = np.zeros((4, 5), bool), np.ones((4, 5), bool)
+    metric = ReferringSegmentation()
+    metric.add(1, [{"pred": empty, "gt": empty}, {"pred": full, "gt": empty}, {"pred": full, "gt": full}])
+    metric.add(2, [{"pred": empty, "gt": empty}, {"pred": empty, "gt": full}])
+    result = metric.result()
+    assert result["N-acc"] == pytest.approx(2 / 3) and result["T-acc"] == pytest.approx(1 / 2)
+    assert result["gIoU"] == pytest.approx(3 / 5) and result["cIoU"] == pytest.approx(20 / 60)
+    alone = ReferringSegmentation()
+    alone.add(1, [{"pred": full, "gt": full}])
+    assert np.isnan(alone.result()["N-acc"]) and alone.result()["T-acc"] == 1
+
+
 def test_sizes_and_missing_records_are_refused(tmp_path):
     item = {"pred": np.ones((3, 4), bool), "gt": np.ones((4, 4), bool)}
     with pytest.raises(EvaluationError, match="image 8, item 0: prediction has size"):
