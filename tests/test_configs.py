@@ -14,7 +14,13 @@ from esg_jax.train.step import StepConfig
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 PLAIN = ("cropformer_r50", "cropformer_swin_l", "cropformer_swin_t", "demo", "entity_mini", "quickstart", "tiny")
-GELLA = ("gella_quickstart", "gella_reconstruction", "gella_variants", "gella_vicuna_7b", "gella_vicuna_13b")
+GELLA = (
+    "gella_quickstart",
+    "gella_reconstruction",
+    "gella_variants",
+    "gella_vicuna_7b",
+    "gella_vicuna_13b",
+)
 MASK2FORMER = ("mask2former_entity", "mask2former_instance", "mask2former_panoptic", "mask2former_semantic")
 
 
@@ -69,11 +75,23 @@ def test_variants_of_gella(variant):
 
 
 def test_gella_starts_from_its_reconstruction():
-    (_, first), (_, then) = load("gella_reconstruction", "folder"), load("gella_variants", "colormap,folder")
+    (_, first), (_, then) = load("gella_reconstruction"), load("gella_variants", "colormap,folder")
+    assert first.model.colormap == then.model.colormap
     definitions = [run.model_def() for run in (first, then)]
     ours, whole = ({**definition.params, **definition.constants} for definition in definitions)
     visual = {name: leaf.shape for name, leaf in whole.items() if name.startswith("visual.")}
     assert {name: leaf.shape for name, leaf in ours.items()} == visual
+
+
+def test_arguments_of_the_reconstruction():
+    for data, queries in (("scenes", 16), ("entity_mini", 40)):
+        for size in (128, 256, 512):
+            _, run = load("gella_reconstruction", f"{data},{size},some,folder")
+            assert run.model.colormap.size == run.data.map_size == size and run.model.num_queries == queries
+            assert run.data.sources[data]["images"] == "some,folder"
+    for wrong in ("scenes,100,folder", "scenes,512", "512,folder", "photos,512,folder"):
+        with pytest.raises(ValueError, match="takes DATA,SIZE,FOLDER with DATA scenes or entity_mini and SIZE one of"):
+            load("gella_reconstruction", wrong)
 
 
 def test_no_config_is_forgotten():

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from configs.recipes import sets, tables
+from configs.recipes import reconstruction, sets, tables
 from esg_jax.config import from_dict
 from esg_jax.evaluation import averages, commands
 from esg_jax.evaluation.config import EvalConfig
@@ -43,6 +43,19 @@ def test_unknown_names_are_refused(capsys):
     assert "esg_t4_ent" in capsys.readouterr().err
     with pytest.raises(ValueError, match="choose one of entityseg_low"):
         sets.get_config("nonsense")
+
+
+def test_data_of_the_reconstruction():
+    made = {
+        name: from_dict(EvalConfig, reconstruction.get_config(f"{name},some,folder").to_dict())
+        for name in ("scenes", "entity_mini")
+    }
+    assert made["scenes"].annotations == "some,folder/annotations.json"
+    assert made["entity_mini"].annotations == "some,folder/entity_mini/entity_val.json"
+    assert made["entity_mini"].group_by == "source" and not made["scenes"].group_by
+    for wrong in ("../shared/realdata", "scenes"):
+        with pytest.raises(ValueError, match="takes DATA,FOLDER with DATA scenes or entity_mini"):
+            reconstruction.get_config(wrong)
 
 
 def test_sets_of_averages_have_the_published_sizes():
