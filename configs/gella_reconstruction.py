@@ -1,6 +1,6 @@
 """The vision branch of a small GELLA alone: masks -> colormap -> masks (Table 16); arguments: DATA,SIZE,FOLDER.
 
-Scenes of few, large entities: half an hour of two CPU cores.
+Scenes of few, large entities (40 minutes on two CPU cores shared with another training):
 
     python -m data.scenes --out datasets/large --count 2000 --long-side 512 512 --entities 3 12 --min-area 0.01
     python train.py --config=configs/gella_reconstruction.py:scenes,128,datasets/large --workdir=runs/colormap_128
