@@ -13,8 +13,8 @@ Photographs: DATA is `entity_mini`, FOLDER holds entity_mini/ (../shared/realdat
 GELLA from the result with `--config.init_from=runs/... --config.init_optional='^(llm|projector|association|lora)\\.'`.
 
 SIZE is the side of the colormap. What is learned on small maps, where a step costs a tenth, holds for large ones: all
-positions are relative to the side. Colours are those of a fixed palette ("index"), so that every query soon settles on
-one; `--config.model.colormap.assignment=random` is the paper's and needs many more steps.
+positions are relative to the side. Colours are those of a fixed palette ("index"), so that a query can settle on one;
+`--config.model.colormap.assignment=random` is the paper's and needs many more steps.
 `--config.model.entities.resoblend.mode=paper` trains the literal wiring of ResoBlend.
 """
 

@@ -26,6 +26,14 @@ class SceneConfig:
     min_area: float = 0.00025
     portrait: float = 0.3
 
+    def __post_init__(self):
+        for name in ("long_side", "entities"):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high:
+                raise ValueError(f"{name} is {low} {high}; it must be a range MIN MAX with 1 <= MIN <= MAX")
+        if not 0 <= self.min_area < 1:
+            raise ValueError(f"min_area is {self.min_area}; it is a fraction of the picture, from 0 to below 1")
+
 
 @dataclasses.dataclass(frozen=True)
 class Scene:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 
 from data.scenes import SceneConfig
 from data.scenes.dataset import write_scenes
@@ -21,10 +22,13 @@ def main() -> None:
     parser.add_argument("--min-area", type=float, default=SceneConfig.min_area, help="of an entity, as a fraction")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     arguments = parser.parse_args()
-    config = SceneConfig(
-        long_side=tuple(arguments.long_side), entities=tuple(arguments.entities), min_area=arguments.min_area
-    )
-    print(write_scenes(arguments.out, arguments.count, arguments.seed, config, arguments.workers))
+    try:
+        config = SceneConfig(
+            long_side=tuple(arguments.long_side), entities=tuple(arguments.entities), min_area=arguments.min_area
+        )
+        print(write_scenes(arguments.out, arguments.count, arguments.seed, config, arguments.workers))
+    except ValueError as error:  # sizes that make no scene, a folder with other scenes
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

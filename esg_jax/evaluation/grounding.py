@@ -136,7 +136,7 @@ class ReferringSegmentation(Accumulator):
 
     cIoU = summed intersections / summed unions; gIoU = mean per item of I / (U + 1e-5), 1 when both masks are empty.
     An item is one sentence. Pixels of an `ignore` mask are left out of both masks. With sentences that mean nothing
-    (gRefCOCO; Liu et al. 2023, section 4.2): N-acc is the share of them answered with an empty mask, T-acc the share
+    (gRefCOCO, Liu et al. 2023): N-acc is the share of them answered with an empty mask, T-acc the share
     of the others answered with any.
     """
 

@@ -76,6 +76,12 @@ def test_no_entity_is_smaller_than_asked():
     assert min(len(layout.items) for layout in layouts) >= 2 and max(len(layout.items) for layout in layouts) > 5
 
 
+def test_sizes_that_make_no_scene_are_refused():
+    for field, value in (("entities", (12, 3)), ("entities", (0, 3)), ("long_side", (512, 500)), ("min_area", 1.0)):
+        with pytest.raises(ValueError, match=f"{field} is"):
+            dataclasses.replace(SMALL, **{field: value})
+
+
 @pytest.mark.slow
 def test_colour_clustering_does_not_find_the_entities():
     config = SceneConfig(long_side=(640, 640))
