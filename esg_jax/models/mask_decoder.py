@@ -200,16 +200,23 @@ class MaskDecoder(nnx.Module):
             The predictions, and the query states after the last layer, before the final norm.
         """
 
-        def run(layer, x, level, level_embed, mask_embed):
-            return layer(x, self.query_embed[...].astype(x.dtype), level, level_embed, mask_embed)
+        query_embed = self.query_embed[...].astype(x_nqc.dtype)
 
-        predictions = [self.predict(x_nqc)]
-        for index, layer in enumerate(self.layers):
-            level = index % len(memory)
-            level_embed = self.level_embed[level].astype(memory[level].tokens.dtype)
-            mask_embed = jax.lax.stop_gradient(predictions[-1][1])
-            x_nqc = layers.remat(run, self.remat)(layer, x_nqc, memory[level], level_embed, mask_embed)
-            predictions.append(self.predict(x_nqc))
-        kept = predictions if all_predictions else predictions[-1:]
-        logits, mask_embed = (jnp.stack(values) for values in zip(*kept, strict=True))
+        def visit(group, x, _):
+            """Some layers, one per level; also the states after each of them."""
+            states = []
+            for layer, level, level_embed in zip(group, memory, self.level_embed[...], strict=False):
+                # Attention masks carry no gradient: the predictions that count are made below, all at once.
+                mask_embed = self.predict(jax.lax.stop_gradient(x))[1]
+                x = layer(x, query_embed, level, level_embed.astype(level.tokens.dtype), mask_embed)
+                states.append(x)
+            return x, jnp.stack(states)
+
+        states = [x_nqc[None]]
+        rounds = [nnx.List(self.layers[i : i + len(memory)]) for i in range(0, len(self.layers), len(memory))]
+        for equal in (rounds[:-1], rounds[-1:]) if len(rounds[-1]) < len(memory) else (rounds,):
+            if equal:
+                x_nqc, visited = layers.run_layers(visit, equal, x_nqc, remat=self.remat)
+                states.append(visited.reshape(-1, *x_nqc.shape))
+        logits, mask_embed = self.predict(jnp.concatenate(states) if all_predictions else x_nqc[None])
         return DecoderOutput(logits, mask_embed), x_nqc

@@ -193,11 +193,10 @@ class PixelDecoder(nnx.Module):
         ).astype(tokens.dtype)
         reference = jnp.concatenate([_cell_centres(h, w) for h, w in shapes])
 
-        def run(layer, x):
-            return layer(x, position, reference, shapes)
+        def run(layer, x, _):
+            return layer(x, position, reference, shapes), None
 
-        for layer in self.layers:
-            tokens = layers.remat(run, self.remat)(layer, tokens)
+        tokens, _ = layers.run_layers(run, self.layers, tokens, remat=self.remat)
 
         splits = np.cumsum([h * w for h, w in shapes])[:-1]
         memory = [

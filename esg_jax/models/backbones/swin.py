@@ -152,6 +152,12 @@ class SwinBlock(nnx.Module):
         return x[:, :height, :width]
 
 
+def _run_blocks(blocks, x_bhwc, keep):
+    for index, block in enumerate(blocks):
+        x_bhwc = block(x_bhwc, None if keep is None else keep[index])
+    return x_bhwc, None
+
+
 def _scale(x_bhwc, keep_b, branch):
     return x_bhwc if keep_b is None else x_bhwc * keep_b[branch][:, None, None, None].astype(x_bhwc.dtype)
 
@@ -228,12 +234,16 @@ class Swin(nnx.Module):
         image_bhwc = jnp.pad(image_bhwc, ((0, 0), (0, -height % 4), (0, -width % 4), (0, 0)))
         x = self.patch_norm(self.patch_embed(image_bhwc))
         keep = _drop_path_scales(drop_path_key, self.drop_path_rate, sum(self.depths), batch)
-        outputs, index = [], 0
+        outputs, done = [], 0
         for stage, blocks in enumerate(self.stages):
-            for block in blocks:
-                scales = None if keep is None else keep[index]
-                x = layers.remat(lambda block, x, scales: block(x, scales), self.remat)(block, x, scales)
-                index += 1
+            # Blocks with and without shift alternate, so the pairs are equal.
+            pairs = [nnx.List(blocks[i : i + 2]) for i in range(0, len(blocks), 2)]
+            scales = [None if keep is None else keep[done + i : done + i + 2] for i in range(0, len(blocks), 2)]
+            whole = len(blocks) // 2
+            for part in (slice(whole), slice(whole, None)):
+                if pairs[part]:
+                    x, _ = layers.run_layers(_run_blocks, pairs[part], x, scales[part], remat=self.remat)
+            done += len(blocks)
             outputs.append(self.norms[stage](x))
             if stage < len(self.merges):
                 x = self.merges[stage](x)
