@@ -107,7 +107,7 @@ def test_arguments_of_the_reconstruction():
 
 def test_no_config_is_forgotten():
     found = {file.stem for file in FOLDER.glob("*.py")} - {"common", "finetune"}
-    assert found == set(PLAIN + MASK2FORMER + GELLA)
+    assert found == {"demo", *PLAIN, *MASK2FORMER, *GELLA}
 
 
 def test_gella_sizes():
@@ -188,7 +188,7 @@ def from_command_line(*arguments):
     [
         ("tiny", "ema_decay=0.99", 0.99),
         ("tiny", "ema_decay=0", 0),
-        ("demo", "ema_decay=None", None),
+        ("entity_mini", "ema_decay=None", None),
         ("tiny", "model.association.num_heads=4", 4),
         ("gella_quickstart", "model.lora={'rank': 4}", LoraConfig(rank=4)),
         ("tiny", "loop.profile_steps=(10, 3)", (10, 3)),
