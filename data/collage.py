@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -245,17 +246,21 @@ def open_photographs(sources: tuple[CollageSource, ...]) -> tuple[Photographs, .
 
 def _choose(rng, photographs: Sequence[Photographs]) -> tuple[Photographs, int]:
     """An image, each as likely as the other."""
-    index = int(rng.integers(sum(len(source) for source in photographs)))
-    for source in photographs:
-        if index < len(source):
-            return source, index
-        index -= len(source)
-    raise AssertionError
+    ends = np.cumsum([len(source) for source in photographs])
+    index = int(rng.integers(ends[-1]))
+    number = int(np.searchsorted(ends, index, side="right"))
+    return photographs[number], index - int(ends[number]) + len(photographs[number])
 
 
 def _rendered(rng, long_side: int, aspect: float, upright: bool, config: CollageConfig) -> Background:
     """A scene of few entities; painting it is the only use of textures."""
-    scene_config = SceneConfig((long_side, long_side), (aspect,), (2, 8), config.min_area, float(upright))
+    scene_config = SceneConfig(
+        long_side=(long_side, long_side),
+        aspects=(aspect,),
+        entities=(2, 8),
+        min_area=config.min_area,
+        portrait=float(upright),
+    )
     scene = render_scene(tuple(int(word) for word in rng.integers(2**31, size=2)), scene_config)
     return Background(scene.image, scene.labels.astype(np.int32), "scene", ())
 
@@ -272,8 +277,8 @@ def _photographed(rng, size: tuple[int, int], photographs, config: CollageConfig
     for _ in range(60):
         filled, names = 0, []
         cuts = [_cuts(rng, side, count) for side, count in zip(size, grid, strict=True)]
-        for y0, y1 in zip(cuts[0], cuts[0][1:], strict=False):
-            for x0, x1 in zip(cuts[1], cuts[1][1:], strict=False):
+        for y0, y1 in itertools.pairwise(cuts[0]):
+            for x0, x1 in itertools.pairwise(cuts[1]):
                 found = _window(rng, (y1 - y0, x1 - x0), usable, config, config.min_area * size[0] * size[1])
                 if found is None:
                     continue
