@@ -2,11 +2,13 @@
 
 import dataclasses
 import typing
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
 from esg_jax.input.pipeline import DataConfig
+from esg_jax.input.readers import read_json
 from esg_jax.models.cropformer import CropFormerConfig
 from esg_jax.train.config import RunConfig
 
@@ -49,6 +51,25 @@ ENTITYSEG_SEMANTIC = {
 def scenes(folder: str) -> dict[str, Any]:
     """Procedural scenes that `python -m data.scenes --out FOLDER` rendered."""
     return {"scenes": {"annotations": f"{folder}/annotations.json", "images": folder}}
+
+
+def mix(folder: str) -> dict[str, Any]:
+    """Sources of a mix that `python -m data.demo_mix --out FOLDER` put together.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: `mix.json` is malformed.
+    """
+    file = Path(folder, "mix.json")
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found; make it by: python -m data.demo_mix --out {folder}")
+    sources = read_json(str(file)).get("sources")
+    if not isinstance(sources, dict):
+        raise ValueError(f"{file} has no dictionary 'sources'")
+    for source in sources.values():
+        source.pop("licence")
+        source |= {key: str(Path(folder, source[key])) for key in ("annotations", "images")}
+    return sources
 
 
 def as_config(run: RunConfig) -> ConfigDict:

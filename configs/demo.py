@@ -1,14 +1,11 @@
-"""The model that ships as the demo checkpoint; argument: a folder of procedural scenes[,annotations,images].
+"""The model that ships as the demo checkpoint; argument: a folder that `python -m data.demo_mix` wrote.
 
-    python -m data.scenes --out runs/scenes --count 500 --long-side 800 1100
-    python train.py --config=configs/demo.py:runs/scenes --workdir=runs/demo
+    python -m data.demo_mix --realdata ../shared/realdata --out datasets/demo
+    python train.py --config=configs/demo.py:datasets/demo --workdir=runs/demo
 
-The quickstart's model and views, trained for longer. Every picture the scenes are made of may be redistributed
-(data/scenes/README.md). Real photographs in COCO format can be mixed in, half of the images; the packaged checkpoint
-took those that `python -m data.licence_subset --licences 4 5 7 8` keeps (esg_jax/assets/README.md):
-
-    python train.py --config=configs/demo.py:runs/scenes,kept.json,IMAGES --workdir=runs/demo_photos \\
-        --config.init_from=runs/demo
+MobileNetV2 with ImageNet weights, views of at most 256 pixels, made for two CPU cores. Photographs, collages and scenes
+with large-scale and colour jitter; the weights of the sources are in the mix's `mix.json`, and can be changed like
+`--config.data.sources.scenes.weight=0`. What the packaged checkpoint was trained on: esg_jax/assets/README.md.
 """
 
 from configs import common
@@ -19,28 +16,25 @@ from esg_jax.train.loop import LoopConfig
 from esg_jax.train.optim import OptimConfig
 
 
-def get_config(argument: str = "runs/scenes"):
-    scenes, *photos = argument.split(",")
-    sources = common.scenes(scenes)
-    if photos:
-        annotations, images = photos
-        sources["photos"] = {"annotations": annotations, "images": images}
+def get_config(folder: str = "datasets/demo"):
     return common.as_config(
         RunConfig(
             model=CropFormerConfig.mobilenet_v2(),
             data=common.crop_data(
-                sources,
+                common.mix(folder),
                 short_edges=(160, 168, 176, 184, 192),
                 max_size=256,
                 buckets=((192, 256), (256, 192)),
+                zoom=(0.6, 2.0),
+                colour=0.5,
                 max_entities=40,
                 batch_size=4,
             ),
             loss=LossConfig(num_points=1024, shared_points=True),
-            optim=OptimConfig(learning_rate=6e-4, warmup_steps=50),
-            loop=LoopConfig(total_steps=1000, log_every=20, save_every=100),
+            optim=OptimConfig(learning_rate=6e-4, warmup_steps=200),
+            loop=LoopConfig(total_steps=20_000, log_every=50, save_every=500),
             precision="float32",
-            ema_decay=0.995,
+            ema_decay=0.999,
             backbone_weights="imagenet",
         )
     )

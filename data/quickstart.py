@@ -84,7 +84,8 @@ Pictures:
 Next:
   esg predict YOUR_PHOTO.jpg --out out
       entities of your photograph, by the packaged model
-  python train.py --config=configs/demo.py:{workdir / "scenes"} --workdir=runs/demo
+  python -m data.demo_mix --out datasets/demo && python train.py --config=configs/demo.py:datasets/demo \\
+      --workdir=runs/demo
       the same model, trained for longer
   python train.py --config=configs/finetune.py:{workdir / "model.safetensors"} --workdir=runs/mine \\
       --config.data.sources.mine.annotations=MASKS.json --config.data.sources.mine.images=FOLDER

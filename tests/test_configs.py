@@ -1,6 +1,7 @@
 """Every file in configs/ builds, has the reference's numbers, and says how to run it."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from esg_jax.train.config import RunConfig
 from esg_jax.train.step import StepConfig
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
-PLAIN = ("cropformer_r50", "cropformer_swin_l", "cropformer_swin_t", "demo", "entity_mini", "quickstart", "tiny")
+PLAIN = ("cropformer_r50", "cropformer_swin_l", "cropformer_swin_t", "entity_mini", "quickstart", "tiny")
 GELLA = ("gella_quickstart", "gella_reconstruction", "gella_variants", "gella_vicuna_7b", "gella_vicuna_13b")
 MASK2FORMER = ("mask2former_entity", "mask2former_instance", "mask2former_panoptic", "mask2former_semantic")
 
@@ -28,6 +29,22 @@ def test_config_is_whole(name):
     module, run = load(name)
     assert f"train.py --config=configs/{name}.py" in module.__doc__
     assert RunConfig.from_dict(run.as_dict()) == run
+
+
+def test_demo_reads_a_mix(tmp_path):
+    row = {"annotations": "a.json", "images": "../photos", "exhaustive": False, "weight": 2.0, "licence": "CC0"}
+    (tmp_path / "mix.json").write_text(json.dumps({"sources": {"photos": row}}))
+    module, run = load("demo", str(tmp_path))
+    assert "train.py --config=configs/demo.py" in module.__doc__
+    assert RunConfig.from_dict(run.as_dict()) == run
+    source = run.data.source_configs()["photos"]
+    assert (source.annotations, source.images) == (str(tmp_path / "a.json"), str(tmp_path / "../photos"))
+    assert not source.exhaustive and source.weight == 2
+    with pytest.raises(FileNotFoundError, match="make it by"):
+        load("demo", str(tmp_path / "nothing"))
+    (tmp_path / "mix.json").write_text("{}")
+    with pytest.raises(ValueError, match="no dictionary 'sources'"):
+        load("demo", str(tmp_path))
 
 
 @pytest.mark.parametrize("name", MASK2FORMER)
@@ -90,7 +107,7 @@ def test_arguments_of_the_reconstruction():
 
 def test_no_config_is_forgotten():
     found = {file.stem for file in FOLDER.glob("*.py")} - {"common", "finetune"}
-    assert found == set(PLAIN + MASK2FORMER + GELLA)
+    assert found == {"demo", *PLAIN, *MASK2FORMER, *GELLA}
 
 
 def test_gella_sizes():
@@ -171,7 +188,7 @@ def from_command_line(*arguments):
     [
         ("tiny", "ema_decay=0.99", 0.99),
         ("tiny", "ema_decay=0", 0),
-        ("demo", "ema_decay=None", None),
+        ("entity_mini", "ema_decay=None", None),
         ("tiny", "model.association.num_heads=4", 4),
         ("gella_quickstart", "model.lora={'rank': 4}", LoraConfig(rank=4)),
         ("tiny", "loop.profile_steps=(10, 3)", (10, 3)),

@@ -2,15 +2,16 @@
 
 An example holds the arrays of the batch contract without the batch dimension (T views, N = `max_entities` slots):
 ``image`` uint8 (T, H, W, 3), ``size`` int32 (T, 2), ``masks`` uint8 (N, T, H, W // 8), ``labels`` int32 (N,),
-``present`` bool (N,), ``valid`` bool (N, T).
+``present`` bool (N,), ``valid`` bool (N, T), and ``exhaustive`` bool () in a mixture where not every source is.
 """
 
 import dataclasses
 
 import numpy as np
+from jaxtyping import Float
 from PIL import Image
 
-from esg_jax.input import transforms
+from esg_jax.input import augment, transforms
 from esg_jax.input.records import Entities, Record
 from esg_jax.input.square import entity_map, square_image
 from esg_jax.input.transforms import View
@@ -29,6 +30,10 @@ class EntityCrop:
     include them as empty masks. When an image has more than `max_entities`, the largest ones at the original
     resolution are kept, in annotation order. `valid` is "the resized mask has a pixel"; the reference also asks for a
     non-empty annotated box, which follows from it when boxes and masks agree.
+
+    With `zoom` (smallest, largest magnification) the views are those of a random window of the picture, or of the
+    picture in a larger gray one; entities that no view shows are left out then. `colour` is the strength of one random
+    change of colour for all views, see `augment`.
     """
 
     short_edges: tuple[int, ...]
@@ -37,28 +42,64 @@ class EntityCrop:
     max_entities: int
     class_agnostic: bool = True
     crop: bool = True
+    zoom: tuple[float, float] = (1.0, 1.0)
+    colour: float = 0.0
 
     def __call__(self, record: Record, rng: np.random.Generator) -> Example:
         flip = bool(rng.random() < 0.5)
         short_edge = int(rng.choice(self.short_edges))
         corner = int(rng.integers(4))
-        return self.build(record, flip, short_edge, corner)
+        window = matrix = None
+        if self.zoom != (1, 1):
+            window = augment.random_window(rng, record.height, record.width, self.zoom)
+        if self.colour:
+            matrix = augment.random_colour_matrix(rng, self.colour)
+        return self.build(record, flip, short_edge, corner, window, matrix)
 
-    def build(self, record: Record, flip: bool, short_edge: int, corner: int) -> Example:
-        """The example for given random choices; `corner` counts 0..3 as TL, TR, BL, BR of the flipped image."""
-        height, width = record.height, record.width
+    def build(
+        self,
+        record: Record,
+        flip: bool,
+        short_edge: int,
+        corner: int,
+        window: tuple[int, int, int, int] | None = None,
+        matrix: Float[np.ndarray, "3 4"] | None = None,
+    ) -> Example:
+        """The example for given random choices.
+
+        Args:
+            corner: 0..3 as TL, TR, BL, BR of the flipped picture.
+            window: (x0, y0, x1, y1) of what the views take for the picture, see `augment.random_window`.
+            matrix: of `augment.change_colour`.
+        """
+        entities, image = record.load_entities(), record.load_image()
+        views = self._views(record.height, record.width, flip, short_edge, corner)
+        if window is not None:
+            layers = [augment.window(layer, window, fill=0) for layer in entities.layers]
+            entities = dataclasses.replace(entities, layers=layers)
+            image = augment.window(image, window, fill=augment.SURROUND)
+            # Sizes stay those of the whole picture: the bucket was chosen for them.
+            inner = self._views(*image.shape[:2], flip, short_edge, corner)
+            views = [dataclasses.replace(view, size=old.size) for view, old in zip(inner, views, strict=True)]
+        layers = [[transforms.view_labels(layer, view) for layer in entities.layers] for view in views]
+        kept = ~entities.crowd
+        if window is not None:
+            kept &= sum(dataclasses.replace(entities, layers=view).areas() for view in layers) > 0
+        kept = np.flatnonzero(kept)
+        if len(kept) > self.max_entities:
+            kept = np.sort(kept[np.argsort(-entities.areas()[kept], kind="stable")[: self.max_entities]])
+        images = [transforms.view_image(image, view) for view in views]
+        if matrix is not None:
+            images = [augment.change_colour(view, matrix) for view in images]
+        images = [transforms.pad_image(view, self.padded) for view in images]
+        example = _targets(entities, layers, kept, self.padded, self.max_entities, self.class_agnostic)
+        return {"image": np.stack(images), "size": np.array([view.size for view in views], np.int32), **example}
+
+    def _views(self, height: int, width: int, flip: bool, short_edge: int, corner: int) -> list[View]:
         views = [transforms.full_view(height, width, short_edge, self.max_size, flip)]
         if self.crop:
             views.append(transforms.crop_view(height, width, corner, short_edge, self.max_size, flip))
-        entities = record.load_entities()
-        kept = np.flatnonzero(~entities.crowd)
-        if len(kept) > self.max_entities:
-            kept = np.sort(kept[np.argsort(-entities.areas()[kept], kind="stable")[: self.max_entities]])
-        image = record.load_image()
-        images = [transforms.pad_image(transforms.view_image(image, view), self.padded) for view in views]
-        layers = [[transforms.view_labels(layer, view) for layer in entities.layers] for view in views]
-        example = _targets(entities, layers, kept, self.padded, self.max_entities, self.class_agnostic)
-        return {"image": np.stack(images), "size": np.array([view.size for view in views], np.int32), **example}
+        return views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +148,16 @@ class LargeScaleJitter:
         example = _targets(entities, [layers], kept, padded, self.max_entities, self.class_agnostic)
         pixels = transforms.pad_image(np.asarray(view), padded, value=128)
         return {"image": pixels[None], "size": np.array([padded], np.int32), **example}
+
+
+@dataclasses.dataclass(frozen=True)
+class MarkExhaustive:
+    """Adds to examples of a source whether all their entities are annotated."""
+
+    exhaustive: bool
+
+    def __call__(self, example: Example) -> Example:
+        return {**example, "exhaustive": np.array(self.exhaustive)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,10 @@ class DataConfig:
         (large-scale jitter, Mask2Former) or "colormap" (image and label map, GELLA's reconstruction).
     short_edges, max_size: pixels; for the entity mappers.
     buckets: padded (height, width), multiples of 32; for the entity mappers.
+    zoom: smallest and largest magnification of large-scale jitter before the views are made, log-uniform; (1, 1) for
+        none. Above 1 a random window is seen, below 1 the picture shrinks and gets a gray surround; the size of the
+        views stays. For the entity mappers.
+    colour: strength of the colour jitter, 0 (none) to 1 (that of SSD), see `augment`; for the entity mappers.
     lsj_size, lsj_scales: for "lsj".
     image_size, map_size: sides of the squares in pixels, for "colormap".
     pad_position: where the squares are padded, "bottom_right" or on all sides ("center"), for "colormap".
@@ -58,6 +62,8 @@ class DataConfig:
     short_edges: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
     max_size: int = 1333
     buckets: tuple[tuple[int, int], ...] = ((800, 1088), (1088, 800), (800, 1344), (1344, 800))
+    zoom: tuple[float, float] = (1.0, 1.0)
+    colour: float = 0.0
     lsj_size: int = 1024
     lsj_scales: tuple[float, float] = (0.1, 2.0)
     image_size: int = 336
@@ -78,8 +84,14 @@ class DataConfig:
         check_pad_position(self.pad_position, "data.pad_position")
         # Lists come from JSON and from command-line overrides.
         object.__setattr__(self, "buckets", tuple(tuple(bucket) for bucket in self.buckets))
-        for name in ("short_edges", "lsj_scales"):
+        for name in ("short_edges", "zoom", "lsj_scales"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.zoom) != 2 or not 0 < self.zoom[0] <= self.zoom[1]:
+            raise ValueError(f"data.zoom is {self.zoom}; it must be (MIN, MAX) with 0 < MIN <= MAX")
+        if not 0 <= self.colour <= 1:
+            raise ValueError(f"data.colour is {self.colour}; it is a strength from 0 to 1")
+        if self.mapper in ("lsj", "colormap") and (self.zoom != (1, 1) or self.colour):
+            raise ValueError(f"data.zoom and data.colour are for the entity mappers, not for {self.mapper!r}")
         for name in ("buckets", "lsj_size", "map_size"):
             if np.any(np.asarray(getattr(self, name)) % 32):
                 raise ValueError(f"data.{name} is {getattr(self, name)}; sides must be multiples of 32")
@@ -151,7 +163,10 @@ def train_dataset(config: DataConfig, process_index: int = 0, process_count: int
     if config.batch_size % process_count:
         raise ValueError(f"data.batch_size {config.batch_size} does not divide among {process_count} hosts")
     streams: dict[int, list[tuple[grain.MapDataset, float]]] = {}
-    for number, (name, source_config) in enumerate(config.source_configs().items()):
+    source_configs = config.source_configs()
+    # The mark is there only where it says something; label maps to reconstruct are complete by themselves.
+    marked = config.mapper != "colormap" and not all(s.exhaustive for s in source_configs.values() if s.weight > 0)
+    for number, (name, source_config) in enumerate(source_configs.items()):
         if source_config.weight <= 0:
             continue
         source = open_source(source_config)
@@ -161,6 +176,8 @@ def train_dataset(config: DataConfig, process_index: int = 0, process_count: int
             stream = grain.MapDataset.source(_Subset(source, rows))
             stream = stream.seed(seed_of(config.seed, number, bucket)).shuffle().repeat()
             stream = stream.random_map(_mapper(config, bucket))[process_index::process_count]
+            if marked:
+                stream = stream.map(mappers.MarkExhaustive(source_config.exhaustive))
             streams.setdefault(bucket, []).append((stream, source_config.weight * len(rows) / total))
     if not streams:
         raise ValueError("every source of data.sources has weight 0")
@@ -237,6 +254,8 @@ def _mapper(config: DataConfig, bucket: int):
         config.max_entities,
         config.class_agnostic,
         crop=config.mapper == "entity_crop",
+        zoom=config.zoom,
+        colour=config.colour,
     )
 
 

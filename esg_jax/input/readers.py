@@ -27,6 +27,8 @@ class SourceConfig:
     masks: folder of the PNG label maps (panoptic and semantic readers); by default the annotation file without its
         suffix, as in an official COCO download.
     weight: share of this source in a mixture.
+    exhaustive: every entity of its images is annotated. Of False, training learns the annotated ones and charges no
+        prediction for finding something else.
     """
 
     reader: str = "coco_instances"
@@ -34,6 +36,7 @@ class SourceConfig:
     images: str = ""
     masks: str = ""
     weight: float = 1.0
+    exhaustive: bool = True
 
 
 _READERS: dict[str, Callable[[SourceConfig], RecordSource]] = {}

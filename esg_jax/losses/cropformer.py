@@ -78,6 +78,7 @@ class Level:
         labels: class of every target.
         present: which slots hold a target.
         counted: which items are charged for their classes; None: all.
+        exhaustive: of which items every entity is a target; the others are not charged for "no object". None: all.
     """
 
     features: Float[Array, "m t h w c"] | Float[Array, "m t s c"]
@@ -85,6 +86,7 @@ class Level:
     labels: Int[Array, "m n"]
     present: Bool[Array, "m n"]
     counted: Bool[Array, "m"] | None = None
+    exhaustive: Bool[Array, "m"] | None = None
 
 
 def loss_normalizers(batch: Mapping[str, Array], num_queries: int, config: LossConfig) -> dict[str, Array]:
@@ -94,7 +96,7 @@ def loss_normalizers(batch: Mapping[str, Array], num_queries: int, config: LossC
     exactly.
 
     Args:
-        batch: needs `present` (B, N) and `valid` (B, N, T), and may have `counted` (B,).
+        batch: needs `present` (B, N) and `valid` (B, N, T), and may have `counted` and `exhaustive` (B,).
         num_queries: of the model.
         config: needs `no_object_weight`.
 
@@ -102,19 +104,20 @@ def loss_normalizers(batch: Mapping[str, Array], num_queries: int, config: LossC
         For each level ("image", "batch") the number of target masks and the sum of the classification weights.
     """
 
-    def level(count_m, counted_m):
+    def level(count_m, counted_m, exhaustive_m):
         total = jnp.sum(count_m).astype(jnp.float32)
         matched = jnp.minimum(count_m, num_queries).astype(jnp.float32)
-        weights = jnp.sum(counted_m * (matched + config.no_object_weight * (num_queries - matched)))
+        weights = jnp.sum(counted_m * (matched + config.no_object_weight * exhaustive_m * (num_queries - matched)))
         # By chance no image of a batch may count.
         return {"masks": jnp.maximum(total, 1.0), "weights": jnp.where(weights > 0, weights, 1.0)}
 
-    counted = batch.get("counted", jnp.ones(len(batch["present"]), bool))
+    everything = jnp.ones(len(batch["present"]), bool)
+    flags = batch.get("counted", everything), batch.get("exhaustive", everything)
     valid = batch["valid"] & batch["present"][..., None]
     # At the batch level an entity counts once, although its masks in all views enter the loss.
     return {
-        "image": level(jnp.sum(valid, axis=1).reshape(-1), jnp.repeat(counted, valid.shape[2])),
-        "batch": level(jnp.sum(batch["present"], axis=1), counted),
+        "image": level(jnp.sum(valid, axis=1).reshape(-1), *(jnp.repeat(flag, valid.shape[2]) for flag in flags)),
+        "batch": level(jnp.sum(batch["present"], axis=1), *flags),
     }
 
 
@@ -142,6 +145,7 @@ def cropformer_loss(
         output: a `CropFormerOutput` with all predictions.
         batch: targets: `masks` uint8 (B, N, T, H, W/8) packed bits, `labels` int (B, N), `present` bool (B, N),
             `valid` bool (B, N, T). An image that is not `counted`, bool (B,), must have no target; it costs nothing.
+            Of one that is not `exhaustive`, bool (B,), targets are charged, and no query for finding something else.
         keys: one PRNG key per image, (B,); draws the points.
         config: weights.
         normalizers: divisors from `loss_normalizers`; by default those of this batch.
@@ -167,7 +171,8 @@ def loss_and_assignment(
     """`cropformer_loss`, and the final assignment: of the batch level, or the image level where there is no other."""
     if normalizers is None:
         normalizers = loss_normalizers(batch, output.image.logits.shape[2], config)
-    views, num_images, counted = batch["valid"].shape[2], len(batch["present"]), batch.get("counted")
+    views, num_images = batch["valid"].shape[2], len(batch["present"])
+    flags = {name: batch[name] for name in ("counted", "exhaustive") if name in batch}
     features, masks = output.mask_features, batch["masks"]
     if config.shared_points:
         features, masks = _sample_shared(features, masks, keys, config)
@@ -182,13 +187,13 @@ def loss_and_assignment(
         masks=per_view(masks)[:, :, None],
         labels=jnp.repeat(batch["labels"], views, axis=0),
         present=per_view(batch["valid"] & batch["present"][..., None]),
-        counted=None if counted is None else jnp.repeat(counted, views),
+        **{name: jnp.repeat(flag, views) for name, flag in flags.items()},
     )
     levels = {"image": (output.image, image_level, view_keys[:, :-1].reshape(-1), "_2d", config.image_level_factor)}
     if output.batch is None:
         levels["image"] = (*levels["image"][:3], "", 1.0)
     else:
-        batch_level = Level(features, masks, batch["labels"], batch["present"], counted)
+        batch_level = Level(features, masks, batch["labels"], batch["present"], **flags)
         levels["batch"] = (output.batch, batch_level, view_keys[:, -1], "_3d", 1.0)
 
     terms = {}
@@ -282,7 +287,8 @@ def _classification(logits_mqk, level: Level, choice: _Choice, config) -> Float[
     slots = jnp.where(choice.matched, choice.query, queries)  # out of bounds, which is dropped
     label = jnp.full((items, queries), classes - 1).at[jnp.arange(items)[:, None], slots].set(level.labels, mode="drop")
     negative = -jnp.take_along_axis(jax.nn.log_softmax(logits_mqk), label[..., None], axis=-1)[..., 0]
-    weight = jnp.where(label == classes - 1, config.no_object_weight, 1.0)
+    no_object = config.no_object_weight * (1.0 if level.exhaustive is None else level.exhaustive[:, None])
+    weight = jnp.where(label == classes - 1, no_object, 1.0)
     return jnp.sum(negative * (weight if level.counted is None else weight * level.counted[:, None]))
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from esg_jax.input import mappers
+from esg_jax.input import augment, mappers
 from esg_jax.input.records import Entities, Record
 
 HEIGHT, WIDTH = 60, 84
@@ -65,6 +65,96 @@ def test_whole_image_only():
     example = crop_mapper(crop=False)(GridRecord(2, 2), np.random.default_rng(0))
     assert example["image"].shape == (1, 64, 96, 3) and example["masks"].shape == (8, 1, 64, 12)
     assert example["valid"].shape == (8, 1)
+
+
+def unpacked(example):
+    return np.unpackbits(example["masks"], axis=-1).astype(bool)
+
+
+# Crops of the second window would be a pixel wider than those of the picture.
+@pytest.mark.parametrize(
+    ("window", "crop"), [((21, 15, 63, 45), True), ((-42, -30, 126, 90), False), ((30, -10, 114, 50), True)]
+)
+@pytest.mark.parametrize("flip", [False, True])
+def test_views_of_a_window_are_the_views_of_that_picture(window, crop, flip):
+    """Against a record that has been cut or surrounded beforehand."""
+    record = GridRecord(3, 4)
+    x0, y0, x1, y1 = window
+    pad = [(100, 100), (100, 100)]
+    labels = np.pad(record.entities.layers[0], pad)[100 + y0 : 100 + y1, 100 + x0 : 100 + x1]
+    pixels = np.pad(record.pixels, [*pad, (0, 0)], constant_values=128)[100 + y0 : 100 + y1, 100 + x0 : 100 + x1]
+    cut = GridRecord(3, 4)
+    cut.entities.layers[0] = labels
+    object.__setattr__(cut, "pixels", pixels)
+    object.__setattr__(cut, "height", y1 - y0)
+    object.__setattr__(cut, "width", x1 - x0)
+    mapper = crop_mapper(max_entities=12, class_agnostic=False, crop=crop)
+    seen = mapper.build(record, flip, 48, 1, window)
+    expected = mapper.build(cut, flip, 48, 1)
+    np.testing.assert_array_equal(seen["image"], expected["image"])
+    np.testing.assert_array_equal(seen["size"], expected["size"])
+    # What no view shows is no target here.
+    shown = expected["valid"].any(1)
+    assert seen["present"].sum() == shown.sum()
+    np.testing.assert_array_equal(seen["labels"][seen["present"]], expected["labels"][shown])
+    np.testing.assert_array_equal(unpacked(seen)[seen["present"]], unpacked(expected)[shown])
+
+
+def test_the_largest_in_the_window_are_kept():
+    record = GridRecord(1, 4)  # four columns of 21 pixels
+    example = crop_mapper(max_entities=2, class_agnostic=False).build(record, False, 48, 0, (10, 0, 52, 30))
+    np.testing.assert_array_equal(example["labels"], [10, 11])  # 11, 21 and 10 columns of them
+
+
+def test_zoom_keeps_the_sizes_of_views():
+    """Whatever the window's rounding does to its aspect: the bucket was chosen for the whole picture."""
+    mapper, plain = crop_mapper(zoom=(0.4, 3.0)), crop_mapper()
+    magnifications = []
+    for seed in range(40):
+        rng, again = (np.random.default_rng(seed) for _ in range(2))
+        example = mapper(GridRecord(2, 2), rng)
+        np.testing.assert_array_equal(example["size"], plain(GridRecord(2, 2), again)["size"])
+        assert example["present"].any()
+        box = augment.random_window(again, HEIGHT, WIDTH, (0.4, 3.0))
+        magnifications.append(WIDTH / (box[2] - box[0]))
+        assert box[0] >= 0 and box[2] <= WIDTH if magnifications[-1] >= 1 else box[0] <= 0 and box[2] >= WIDTH
+        assert abs((box[2] - box[0]) / WIDTH - (box[3] - box[1]) / HEIGHT) < 0.03
+    assert min(magnifications) < 0.6 and max(magnifications) > 2
+
+
+def test_colour_is_the_same_in_all_views_and_leaves_masks_and_padding():
+    record = GridRecord(1, 1)
+    record.pixels[:] = (200, 100, 50)
+    plain = crop_mapper()(record, np.random.default_rng(3))
+    seen = set()
+    for seed in range(20):
+        example = crop_mapper(colour=1.0)(record, np.random.default_rng(seed))
+        inside = [view[: size[0], : size[1]] for view, size in zip(example["image"], example["size"], strict=True)]
+        colours = {tuple(pixel) for view in inside for pixel in np.unique(view.reshape(-1, 3), axis=0).tolist()}
+        assert len(colours) == 1
+        seen |= colours
+        assert not example["image"][0, example["size"][0, 0] :].any()
+    assert len(seen) > 12
+    np.testing.assert_array_equal(plain["masks"], crop_mapper(colour=1.0)(record, np.random.default_rng(3))["masks"])
+
+
+def test_colour_matrices_against_their_definition():
+    identity = augment.random_colour_matrix(np.random.default_rng(0), 0.0)
+    np.testing.assert_allclose(identity, np.eye(3, 4), atol=1e-12)
+    image = np.random.default_rng(0).integers(0, 256, (9, 7, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(augment.change_colour(image, identity), image)
+    for seed in range(200):
+        matrix = augment.random_colour_matrix(np.random.default_rng(seed), 1.0)
+        # Gray stays gray, saturation and hue do not touch it.
+        gray = matrix @ [100, 100, 100, 1]
+        np.testing.assert_allclose(gray, gray[0])
+        contrast = matrix[:, :3].sum(1)[0]
+        assert 0.5 <= contrast <= 1.5 and abs(matrix[0, 3]) <= 32 * max(contrast, 1)
+        turned = np.round(np.clip(image.reshape(-1, 3) @ matrix[:, :3].T + matrix[:, 3], 0, 255))
+        changed = augment.change_colour(image, matrix).reshape(-1, 3)
+        assert np.abs(changed - turned).max() <= 1
+    # A third of a turn takes red to green to blue.
+    np.testing.assert_allclose(augment._turn(2 * np.pi / 3), np.eye(3)[[2, 0, 1]], atol=1e-12)
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -153,6 +153,35 @@ def test_mixture_weights(sources):
     assert (values < 200).all()
 
 
+def test_batches_say_which_images_are_annotated_in_full(sources):
+    """Only in a mixture where it makes a difference, and without changing anything else."""
+    partial = {"wide": sources["wide"], "other": {**sources["other"], "exhaustive": False}}
+    plain, marked = (train_dataset(config(specs, buckets=((64, 64),))) for specs in (sources, partial))
+    for i in range(3):
+        batch = marked[i]
+        exhaustive = batch.pop("exhaustive")
+        assert exhaustive.dtype == bool and exhaustive.shape == (4,)
+        np.testing.assert_array_equal(exhaustive, identity(batch) < 200)
+        assert_same(batch, plain[i])
+    unused = {**partial, "other": {**partial["other"], "weight": 0.0}}
+    assert "exhaustive" not in train_dataset(config(unused))[0]
+    lsj = train_dataset(config(partial, mapper="lsj", lsj_size=64))[0]
+    np.testing.assert_array_equal(lsj["exhaustive"], lsj["image"][:, 0].max((1, 2, 3)) < 200)
+
+
+def test_augmentation_is_off_by_default_and_follows_seed_and_position(sources):
+    plain = train_dataset(config(sources))
+    changed = {"zoom": (0.5, 2.0), "colour": 1.0}
+    first, again = (train_dataset(config(sources, **changed)) for _ in range(2))
+    for i in range(3):
+        assert_same(first[i], again[i])
+        assert first[i]["image"].shape == plain[i]["image"].shape
+        np.testing.assert_array_equal(first[i]["size"], plain[i]["size"])  # flip, edge and corner are drawn as ever
+        assert (first[i]["image"] != plain[i]["image"]).any()
+    neutral = train_dataset(config(sources, zoom=(1, 1), colour=0))
+    assert_same(neutral[0], plain[0])
+
+
 def test_hosts_share_the_epoch_and_see_every_source(sources):
     data = config(sources, buckets=((64, 64),))
     hosts = [train_dataset(data, process, 2) for process in range(2)]
@@ -194,6 +223,10 @@ def test_wrong_configurations_are_named(sources):
         ({"mapper": "crop"}, "data.mapper is 'crop'"),
         ({"buckets": ((30, 64),)}, "data.buckets"),
         ({"sources": {"a": {"annotation": "x"}}}, "data.sources.a.annotation"),
+        ({"zoom": (2.0, 1.0)}, "data.zoom is"),
+        ({"zoom": (0.0, 1.0)}, "data.zoom is"),
+        ({"colour": 2.0}, "data.colour is 2.0"),
+        ({"colour": 0.5, "mapper": "lsj"}, "are for the entity mappers, not for 'lsj'"),
     ]:
         with pytest.raises(ValueError, match=message):
             config(**{"sources": sources, **changes})

@@ -96,9 +96,10 @@ def test_more_entities_than_queries(evaluate):
     assert finite((total, grads))
 
 
-def test_parts_of_a_batch_add_up(evaluate):
+@pytest.mark.parametrize("flags", [{}, {"exhaustive": np.array([False, True])}], ids=["plain", "partial"])
+def test_parts_of_a_batch_add_up(evaluate, flags):
     """With the normalizers of the whole batch, losses and gradients are sums over images."""
-    output, batch = predictions(), targets([2, 1])
+    output, batch = predictions(), {**targets([2, 1]), **flags}
     normalizers = loss_normalizers(batch, QUERIES, CONFIG)
     (total, terms), grads = evaluate(output, batch, normalizers)
     parts, part_grads = [], []
@@ -137,6 +138,38 @@ def test_images_that_do_not_count(evaluate):
     assert float(total) == 0 and finite(grads)
 
 
+def test_unlabelled_objects_cost_nothing(evaluate):
+    """An image that is not exhaustive pays for its targets only: unmatched queries may say what they like."""
+    output, batch = predictions(), targets([2, 1])
+    partial = {**batch, "exhaustive": np.array([True, False])}
+    (total, terms), grads = evaluate(output, partial)
+    for level, count, items in (("image", VIEWS, slice(VIEWS, None)), ("batch", 1, slice(1, None))):
+        pushed = np.abs(np.asarray(getattr(grads, level).logits)[:, items]).max(-1) > 0
+        # One target per view and per image, in both predictions: one query of each is charged.
+        assert pushed.shape == (2, count, QUERIES) and (pushed.sum(-1) == 1).all()
+    # The first image pays for everything, as ever.
+    assert (np.abs(np.asarray(grads.batch.logits)[:, 0]).max(-1) > 0).all()
+    # What queries without a target say is free. More of "no object" leaves the matching as it is.
+    free = np.abs(np.asarray(grads.batch.logits)).max(-1) == 0
+    assert free.sum() == 2 * (QUERIES - 1)
+    louder = np.where(free[..., None], output.batch.logits + np.float32([0, 3]), output.batch.logits)
+    other = dataclasses.replace(output, batch=dataclasses.replace(output.batch, logits=louder))
+    (again, again_terms), _ = evaluate(other, partial)
+    np.testing.assert_allclose(again, total, rtol=1e-6)
+    assert float(again_terms["loss_ce_3d"]) == pytest.approx(float(terms["loss_ce_3d"]), rel=1e-6)
+
+
+def test_exhaustive_images_are_charged_as_ever(evaluate):
+    """The flag changes no bit where it is set; masks never depend on it."""
+    output, batch = predictions(), targets([2, 1])
+    plain = evaluate(output, batch)
+    marked = evaluate(output, {**batch, "exhaustive": np.ones(IMAGES, bool)})
+    jax.tree.map(np.testing.assert_array_equal, plain, marked)
+    (_, terms), _ = evaluate(output, {**batch, "exhaustive": np.zeros(IMAGES, bool)})
+    for name, value in plain[0][1].items():
+        assert (float(terms[name]) == float(value)) == ("_ce" not in name), name
+
+
 def test_normalizers():
     batch = targets([2, SLOTS])
     batch["valid"][0, :, 1] = False
@@ -146,6 +179,10 @@ def test_normalizers():
     # Three queries per item: 2, 0, 3 and 3 of them matched at most.
     assert values["image"]["weights"] == pytest.approx(8 + 0.1 * 4)
     assert values["batch"]["weights"] == pytest.approx(5 + 0.1 * 1)
+    partial = loss_normalizers({**batch, "exhaustive": np.array([False, True])}, QUERIES, CONFIG)
+    assert float(partial["image"]["weights"]) == pytest.approx(8)
+    assert float(partial["batch"]["weights"]) == pytest.approx(5)
+    assert float(partial["image"]["masks"]) == 12
     assert float(loss_normalizers(targets([0, 0]), QUERIES, CONFIG)["batch"]["masks"]) == 1
 
 
