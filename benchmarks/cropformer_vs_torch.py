@@ -17,6 +17,7 @@ mark of resident memory above the mark before the first call, compilation includ
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import multiprocessing
@@ -44,15 +45,30 @@ def pictures(count: int, height: int, width: int, entities: int) -> tuple[np.nda
     return np.stack(images), np.stack(masks)
 
 
-def torch_model():
+def model_config(size: str):
+    """Swin-T, or something of a quarter of its depth that compiles quickly and says nothing about speed."""
+    from esg_jax.models.backbones.swin import SwinConfig
+    from esg_jax.models.cropformer import CropFormerConfig
+
+    config = CropFormerConfig.swin_tiny()
+    if size == "swin_t":
+        return config
+    return dataclasses.replace(
+        config,
+        backbone=SwinConfig(embed_dim=32, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), window_size=7),
+        pixel_decoder=dataclasses.replace(config.pixel_decoder, num_layers=1),
+        mask_decoder=dataclasses.replace(config.mask_decoder, num_layers=1, num_queries=8),
+    )
+
+
+def torch_model(size: str):
     import torch
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
     from esg_jax.interop.transformers_config import mask2former_config
-    from esg_jax.models.cropformer import CropFormerConfig
 
     torch.manual_seed(0)
-    values = mask2former_config(CropFormerConfig.swin_tiny().without_views())
+    values = mask2former_config(model_config(size).without_views())
     values["backbone_config"]["drop_path_rate"] = 0.0
     return Mask2FormerForUniversalSegmentation(Mask2FormerConfig.from_dict(values)).eval()
 
@@ -110,16 +126,15 @@ class TorchTask:
 class JaxTask:
     """As `TorchTask`; `model` is a PyTorch model whose weights are taken, or None for random ones."""
 
-    def __init__(self, model, task: str, images: np.ndarray, masks: np.ndarray, dtype: str):
+    def __init__(self, model, config, task: str, images: np.ndarray, masks: np.ndarray, dtype: str):
         import jax
         import jax.numpy as jnp
         from flax import nnx
 
         from esg_jax.losses.cropformer import LossConfig, cropformer_loss
-        from esg_jax.models.cropformer import CropFormer, CropFormerConfig
+        from esg_jax.models.cropformer import CropFormer
         from esg_jax.train.flops import count_flops
 
-        config = CropFormerConfig.swin_tiny()
         if task == "views" or model is None:
             config = config if task == "views" else config.without_views()
             model = CropFormer(config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype))
@@ -181,10 +196,10 @@ def contenders(args) -> list[str]:
 
 
 def build(name: str, task: str, args):
-    reference = torch_model() if importlib.util.find_spec("transformers") else None
+    reference = torch_model(args.size) if importlib.util.find_spec("transformers") else None
     inputs = pictures(5 if task == "views" else args.batch, args.height, args.width, args.entities)
     if name == "jax":
-        return JaxTask(reference, task, *inputs, args.dtype)
+        return JaxTask(reference, model_config(args.size), task, *inputs, args.dtype)
     return TorchTask(reference, task, *inputs, args.dtype, compile_it=name == "torch.compile")
 
 
@@ -215,7 +230,7 @@ def measure(task: str, args) -> list[dict]:
             results[name] = runs[name].numpy(runs[name]())  # warms up, and compiles
         except Exception as error:
             runs.pop(name, None)
-            print(f"{task}, {name}: {type(error).__name__}: {error}", flush=True)
+            print(f"{task}, {name}: {type(error).__name__}: {error}\n", flush=True)
     walls, cpus = ({name: float("inf") for name in runs} for _ in range(2))
     for _ in range(args.rounds):
         for name, run in runs.items():
@@ -268,6 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--height", type=int, default=512, help="of the images, a multiple of 32")
     parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--size", choices=["swin_t", "tiny"], default="swin_t", help="tiny: only to see that it runs")
     parser.add_argument("--batch", type=int, default=1, help="images, but for the task views")
     parser.add_argument("--entities", type=int, default=20, help="targets of the train task, per image")
     parser.add_argument("--rounds", type=int, default=3)

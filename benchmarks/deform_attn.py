@@ -44,6 +44,7 @@ SHAPES = {
     "encoder4": (((13, 21), *LEVELS), None),
     "decoder300": (LEVELS, 300),
     "decoder900": (LEVELS, 900),
+    "tiny": (((4, 6), (8, 12)), None),
     "small": (((10, 10), (20, 20), (40, 40)), None),
 }
 # Start of the device's name: (bytes/s of main memory, FLOP/s), from data sheets: float32 without tensor cores on GPUs,
@@ -230,7 +231,7 @@ def contenders(options, levels, args, gradient):
             }
         makers |= {name: functools.partial(torch_contender, make, args, gradient) for name, make in forms.items()}
     except ImportError:
-        print("torch is not installed: no PyTorch rows")
+        print("\ntorch is not installed: no PyTorch rows")
     return build(makers)
 
 
@@ -242,7 +243,7 @@ def build(makers):
             result[name].result()
         except Exception as error:
             result.pop(name, None)
-            print(f"{name}: {type(error).__name__}: {error}")
+            print(f"\n{name}: {type(error).__name__}: {error}")
     return result
 
 
