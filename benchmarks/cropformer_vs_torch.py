@@ -218,19 +218,20 @@ def high_water() -> int:
 
 
 def measure(task: str, args) -> list[dict]:
-    """A row per contender; one that fails is named and left out."""
+    """A row per contender; one that fails has a row with the reason."""
     import jax
 
     from esg_jax.train.flops import peak_flops
 
-    device, runs, results = jax.devices()[0], {}, {}
+    device, runs, results, failures = jax.devices()[0], {}, {}, []
     for name in contenders(args):
         try:
             runs[name] = build(name, task, args)
             results[name] = runs[name].numpy(runs[name]())  # warms up, and compiles
         except Exception as error:
             runs.pop(name, None)
-            print(f"{task}, {name}: {type(error).__name__}: {error}\n", flush=True)
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].replace("|", "/")
+            failures.append({"task": task, "implementation": name, "ms": reason})
     walls, cpus = ({name: float("inf") for name in runs} for _ in range(2))
     for _ in range(args.rounds):
         for name, run in runs.items():
@@ -254,7 +255,7 @@ def measure(task: str, args) -> list[dict]:
             difference = np.abs(results["torch"][index] - results[name][index]).max() if compared else None
             row[f"difference of {what}"] = None if difference is None else float(difference)
         rows.append(row)
-    return rows
+    return rows + failures
 
 
 def _peak(name: str, run, task: str, args, on_cpu: bool) -> int:
@@ -307,12 +308,13 @@ def main() -> None:
         versions += ["transformers is not installed: no PyTorch rows"]
     kind = jax.devices()[0].device_kind
     print(f"{', '.join(versions)}; {args.batch} x {args.height}x{args.width}, {args.dtype}, {kind}\n")
-    rows = []
+    rows, columns = [], []
     for task in args.tasks:
         for row in measure(task, args):
-            if not rows:
-                print("| " + " | ".join(row) + " |\n|" + " --- |" * len(row))
-            print("| " + " | ".join(shown(*item) for item in row.items()) + " |", flush=True)
+            if not columns:
+                columns = list(row)
+                print("| " + " | ".join(columns) + " |\n|" + " --- |" * len(columns))
+            print("| " + " | ".join(shown(column, row.get(column)) for column in columns) + " |", flush=True)
             rows.append(row)
             if args.json:
                 args.json.write_text(json.dumps({"device": kind, "dtype": args.dtype, "rows": rows}, indent=1))

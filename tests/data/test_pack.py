@@ -30,7 +30,8 @@ def write_source(folder: Path, names, categories=("entity",), size=(40, 64)):
             mask = np.zeros(size, np.uint8)
             mask[box[0] : box[2], box[1] : box[3]] = 1
             entry = {"id": 10 * number + k, "image_id": number, "category_id": content["categories"][-1]["id"]}
-            content["annotations"].append(entry | {"iscrowd": crowd, "segmentation": rle.encode_label_map(mask, 1)[0][0]})
+            entry |= {"iscrowd": crowd, "segmentation": rle.encode_label_map(mask, 1)[0][0]}
+            content["annotations"].append(entry)
     (folder / "annotations.json").write_text(json.dumps(content))
     return SourceConfig(annotations=str(folder / "annotations.json"))
 
