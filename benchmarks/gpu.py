@@ -157,7 +157,9 @@ class Run:
             sanitized("memcheck"),
             sanitized("racecheck"),
             Stage("train", "the demo model", 24 * 60, self.train_commands, self.no_training, shows="none", grace=60),
-            Stage("evaluate", "AP^e of the trained weights", 5, self.evaluate_commands, self.no_evaluation),
+            Stage(
+                "evaluate", "AP^e of the trained weights", 5, self.evaluate_commands, self.no_evaluation, shows="none"
+            ),
             Stage(
                 "attention32",
                 "deformable attention in float32",
@@ -250,8 +252,9 @@ class Run:
         yield [PYTHON, "eval.py", config, f"--checkpoint={weights}", f"--out={results}", "--views=5"]
         for name in ("results.json", "grid.png"):
             shutil.copy(results / name, self.options.out / f"evaluation_{name}")
+        scores = "AP", "AP50", "AR@100@IoU0.5", "mean_best_iou"
         metrics = json.loads((results / "results.json").read_text())["metrics"]
-        self.report.content["training"] |= {name: metrics[name] for name in ("AP", "AP50", "AR@100") if name in metrics}
+        self.report.content["training"] |= {name: metrics[name] for name in scores if name in metrics}
 
 
 def probe() -> None:

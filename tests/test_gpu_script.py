@@ -1,5 +1,6 @@
 """`benchmarks/gpu.py`: every stage is reported, whatever becomes of it; a dry run needs no GPU."""
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -12,14 +13,23 @@ import pytest
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses looks for names
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def stages():
-    spec = importlib.util.spec_from_file_location("stages", BENCHMARKS / "stages.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses looks for its names
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    yield load("stages")
+    del sys.modules["stages"]
+
+
+@pytest.fixture(scope="module")
+def gpu(stages):
+    yield load("gpu")  # imports the stages by that name
+    del sys.modules["gpu"]
 
 
 def python(code: str) -> list:
@@ -92,6 +102,39 @@ def test_a_later_call_keeps_the_other_stages(stages, tmp_path):
     run(stages, tmp_path, stages.Stage("first", "F", 1, lambda: python("")))
     results = run(stages, tmp_path, stages.Stage("second", "S", 1, lambda: python("raise SystemExit(1)")))
     assert [stage["result"] for stage in results.values()] == ["passed", "failed, exit status 1"]
+
+
+def test_schedule_of_training_ends_with_the_time(gpu, tmp_path, monkeypatch):
+    """100 steps give rate and overhead; the rest of the time, less the overhead, gives the number of steps."""
+    now = [1000.0]
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    options = dict(out=tmp_path / "out", work=tmp_path, minutes=10, dry_run=False, data=Path(__file__), validation=None)
+    run = gpu.Run(argparse.Namespace(**options, wheels=None, train_share=0.4, train_options=["--config.seed=3"]))
+    assert run.no_training() is None
+
+    def trained(step, seconds, **facts):
+        now[0] += seconds
+        (tmp_path / "train").mkdir(exist_ok=True)
+        with open(tmp_path / "train" / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, "loss": 1.0, **facts}) + "\n")
+
+    commands = run.train_commands()
+    first = next(commands)
+    assert "--config.loop.total_steps=100" in first and "--config.seed=3" in first
+    trained(100, 80, steps_per_s=5.0)  # of which the steps took 20 s
+    second = next(commands)
+    assert "--config.loop.total_steps=2250" in second  # 100 + 5 * (600 - 80 - 30 - 60)
+    assert "--config.loop.max_minutes=8.17" in second and "--config.optim.schedule=constant" not in second
+    trained(2250, 500, steps_per_s=5.0)
+    assert list(commands) == [] and run.report.content["training"]["step"] == 2250
+
+    now[0], run.deadline = 5000.0, 5300.0  # another call goes on
+    (again,) = run.train_commands()
+    assert f"--config.loop.total_steps={2250 + 5 * (300 - 30 - 90)}" in again
+
+    assert run.left() == 300
+    run.pending.add("train")
+    assert run.left() == 300 - 0.4 * 600  # for a stage before training
 
 
 def script(folder, *arguments):
