@@ -100,9 +100,9 @@ class Run:
             table, table32 = [], []
         else:
             kernels = [*tests, "-m", "gpu"]
-            table = ["--shapes", "encoder", "decoder300", "--dtype", "bfloat16", "--model", 800, 1344]
-            table32 = ["--shapes", "encoder", "encoder4", "decoder900", "--no-torch-compile"]
-            model += ["--rounds", 5, "--height", 800, "--width", 1344, "--dtype", "bfloat16", "--torch-compile"]
+            table = ["--shapes", "encoder", "decoder300", "--dtype", "bfloat16"]
+            table32 = ["--shapes", "encoder", "encoder4", "decoder900", "--no-torch-compile", "--model", 800, 1344]
+            model += ["--rounds", 5, "--height", 800, "--width", 1344, "--dtype", "bfloat16"]
         sanitizer = [find_tool("compute-sanitizer"), "--error-exitcode", 9, "--report-api-errors", "no"]
         sanitizer += ["--target-processes", "all", "--kernel-name", "kns=deform_attn"]
         small = [*tests, "-m", "gpu", "-k", "locations or shapes or half"]
@@ -162,9 +162,18 @@ class Run:
             ),
             Stage(
                 "attention32",
-                "deformable attention in float32",
-                3,
+                "deformable attention in float32, alone and in five views by Swin-T",
+                5,
                 lambda: [[*attention, *table32, *rows("attention32")]],
+                shows="all",
+            ),
+            # Last, because torch.compile may take minutes for a whole model.
+            Stage(
+                "compiled",
+                "Swin-T once more, against torch.compile",
+                15,
+                lambda: [[*model, "--tasks", "forward", "train", "--torch-compile", *rows("compiled")]],
+                self.no_compiled_peer,
                 shows="all",
             ),
         ]
@@ -185,6 +194,9 @@ class Run:
         if float(self.machine["capability"] or 0) < capability:
             return f"needs compute capability {capability}, this GPU has {self.machine['capability']}"
         return None
+
+    def no_compiled_peer(self) -> str | None:
+        return self.needs_gpu() or (None if self.machine["transformers"] else "transformers was not found")
 
     def no_training(self) -> str | None:
         if self.machine.get("missing"):
