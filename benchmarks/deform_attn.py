@@ -3,6 +3,7 @@
     python benchmarks/deform_attn.py                       # CPU or GPU, whatever JAX finds; PyTorch rows when installed
     python benchmarks/deform_attn.py --shapes encoder --rounds 5 --dtype bfloat16
     python benchmarks/deform_attn.py --shapes decoder300 --model 800 1344     # also a full forward pass of CropFormer
+    python benchmarks/deform_attn.py --json rows.json       # the rows also as JSON, up to date after every table
 
 Rounds alternate between the contenders, so that a disturbance hits all of them; the table shows medians. Before each
 timed call comes an untimed one of the same contender: whoever follows the corner gather would otherwise pay for its
@@ -12,13 +13,16 @@ compiler alone: deform_attn_tpu.py.
 Columns: "compulsory" moves every input and output once; "gathered" counts the rows of all corners, mostly from caches;
 FLOP/s count multiplications and additions of channels, not the arithmetic of positions. Percentages are of the
 device's limits: data sheets, or on a CPU what a copy and a matrix product reach here. Peak memory is what a call needs
-beyond its inputs: by XLA's plan, by PyTorch's CUDA allocator, or for PyTorch on a CPU by resident memory.
+beyond its inputs: by XLA's plan, by PyTorch's CUDA allocator, or for PyTorch on a CPU by resident memory. The rows of
+`deformops` (Triton and, if it may compile, CUDA kernels for PyTorch) appear on a GPU where that package is installed.
 """
 
 import argparse
 import ctypes
 import dataclasses
 import functools
+import importlib.util
+import json
 import re
 import statistics
 import time
@@ -40,6 +44,7 @@ SHAPES = {
     "encoder4": (((13, 21), *LEVELS), None),
     "decoder300": (LEVELS, 300),
     "decoder900": (LEVELS, 900),
+    "tiny": (((4, 6), (8, 12)), None),
     "small": (((10, 10), (20, 20), (40, 40)), None),
 }
 # Start of the device's name: (bytes/s of main memory, FLOP/s), from data sheets: float32 without tensor cores on GPUs,
@@ -122,15 +127,14 @@ def compiled_contender(function, args):
     )
 
 
-def torch_contender(levels, args, gradient, compile_it):
+def torch_device():
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def grid_sample_form(levels, compile_it=False):
     """PyTorch's formulation: one grid_sample per level, then the weighted sum."""
     import torch
     from torch.nn import functional as F
-
-    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-    dtype = getattr(torch, args[0].dtype.name)
-    values, locations, weights = (torch.from_numpy(np.array(a, np.float32)).to(device) for a in args)
-    values, weights = values.to(dtype), weights.to(dtype)
 
     def forward(values, locations, weights):
         batch, queries, heads, count, points, _ = locations.shape
@@ -145,8 +149,32 @@ def torch_contender(levels, args, gradient, compile_it):
         out = (torch.stack(samples, dim=-2).flatten(-2) * attention).sum(-1)
         return out.view(batch, heads * channels, queries).transpose(1, 2).contiguous()
 
-    if compile_it:
-        forward = torch.compile(forward)
+    return torch.compile(forward) if compile_it else forward
+
+
+def deformops_form(levels, backend):
+    """The kernels of the `deformops` package; backend "TRITON" or "CUDA"."""
+    import torch
+    from deformops.registry import Backend, msda
+
+    shapes = torch.tensor(levels, device=torch_device())
+    sizes = [height * width for height, width in levels]
+    starts = torch.tensor([sum(sizes[:level]) for level in range(len(sizes))], device=torch_device())
+
+    def forward(values, locations, weights):
+        return msda(values, shapes, starts, locations, weights, backend=Backend[backend])
+
+    return forward
+
+
+def torch_contender(make, args, gradient):
+    """A PyTorch function(values, locations, weights); all in the dtype of the values but for the locations."""
+    import torch
+
+    device, forward = torch_device(), make()
+    dtype = getattr(torch, args[0].dtype.name)
+    values, locations, weights = (torch.from_numpy(np.array(a, np.float32)).to(device) for a in args)
+    values, weights = values.to(dtype), weights.to(dtype)
     leaves = [a.requires_grad_(gradient) for a in (values, locations, weights)]
 
     def call():
@@ -194,11 +222,16 @@ def contenders(options, levels, args, gradient):
         import torch
 
         torch.set_num_threads(options.threads or torch.get_num_threads())
-        makers["torch"] = functools.partial(torch_contender, levels, args, gradient, False)
+        forms = {"torch": functools.partial(grid_sample_form, levels)}
         if options.torch_compile:
-            makers["torch.compile"] = functools.partial(torch_contender, levels, args, gradient, True)
+            forms["torch.compile"] = functools.partial(grid_sample_form, levels, compile_it=True)
+        if torch_device() == "cuda" and importlib.util.find_spec("deformops"):
+            forms |= {
+                f"deformops {name}": functools.partial(deformops_form, levels, name) for name in ("TRITON", "CUDA")
+            }
+        makers |= {name: functools.partial(torch_contender, make, args, gradient) for name, make in forms.items()}
     except ImportError:
-        print("torch is not installed: no PyTorch rows")
+        print("\ntorch is not installed: no PyTorch rows")
     return build(makers)
 
 
@@ -210,7 +243,7 @@ def build(makers):
             result[name].result()
         except Exception as error:
             result.pop(name, None)
-            print(f"{name}: {type(error).__name__}: {error}")
+            print(f"\n{name}: {type(error).__name__}: {error}")
     return result
 
 
@@ -224,7 +257,7 @@ def to_numpy(result):
 
 def largest_difference(result, expected):
     """Largest error over the output and gradients, relative to the largest value of each (at least 1)."""
-    return max(np.abs(a - b).max() / max(1.0, np.abs(b).max()) for a, b in zip(result, expected, strict=True))
+    return max(float(np.abs(a - b).max() / max(1.0, np.abs(b).max())) for a, b in zip(result, expected, strict=True))
 
 
 def compulsory_bytes(args, gradient):
@@ -275,38 +308,60 @@ def measure(options, name, gradient):
     dtype = jnp.dtype(options.dtype)
     args = make_inputs(levels, queries, options.batch, options.heads, options.channels, 4, options.sigma, dtype)
     calls = contenders(options, levels, args, gradient)
-    baseline = "torch" if "torch" in calls else "corner gather"
+    # grid_sample takes positions in the dtype of the values: in half precision it is no reference.
+    baseline = "torch" if "torch" in calls and dtype == jnp.float32 else "xla"
     expected = to_numpy(calls[baseline].result())
     errors = {key: largest_difference(to_numpy(contender.result()), expected) for key, contender in calls.items()}
     medians = median_seconds(calls, options.rounds)
-    work = compulsory_bytes(args, gradient), channel_flops(args, gradient)
-    print(
-        f"\n{name}, batch {options.batch}, {args[1].shape[1]} queries, {options.heads} heads x {options.channels}, "
-        f"{dtype.name}, {'forward + backward' if gradient else 'forward'}, {jax.devices()[0].device_kind}"
-    )
-    columns = ["implementation", "ms", "x corner gather", "x torch", "x torch.compile", "compulsory GB/s"]
-    columns += ["gathered GB/s", "GFLOP/s", "peak MB", "max error"]
+    work = {
+        "compulsory GB/s": compulsory_bytes(args, gradient),
+        "gathered GB/s": gathered_bytes(args, gradient),
+        "GFLOP/s": channel_flops(args, gradient),
+    }
+    limits = dict(zip(("compulsory GB/s", "GFLOP/s"), device_limits() or (), strict=False))
+    rows = []
+    for key, seconds in medians.items():
+        row = {"implementation": key, "ms": seconds * 1e3, **ratios(medians, seconds)}
+        row |= {column: amount / seconds / 1e9 for column, amount in work.items()}
+        row |= {f"{column} of limit": row[column] * 1e9 / limit for column, limit in limits.items()}
+        rows.append({**row, "peak MB": megabytes(calls[key].peak_bytes), "max error": errors[key]})
+    title = f"{name}, batch {options.batch}, {args[1].shape[1]} queries, {options.heads} heads x {options.channels}, "
+    title += f"{dtype.name}, {'forward + backward' if gradient else 'forward'}"
+    report(options, title, rows)
+
+
+def report(options, title, rows):
+    """Prints a table and adds it to the JSON file."""
+    device = jax.devices()[0].device_kind
+    print(f"\n{title}, {device}\n")
+    columns = [column for column in rows[0] if not column.endswith(" of limit")]
     print_row(columns)
     print_row(["---"] * len(columns))
-    for key, seconds in medians.items():
-        memory, flops = (
-            f"{amount / seconds / 1e9:.1f}"
-            + (f" ({amount / seconds / device_limits()[i]:.1%})" if device_limits() else "")
-            for i, amount in enumerate(work)
-        )
-        cells = [key, f"{seconds * 1e3:.2f}", *ratios(medians, seconds), memory]
-        cells += [f"{gathered_bytes(args, gradient) / seconds / 1e9:.1f}", flops, megabytes(calls[key].peak_bytes)]
-        print_row([*cells, f"{errors[key]:.1e}"])
+    for row in rows:
+        limits = {column: row.get(f"{column} of limit") for column in columns}
+        print_row([shown(row[column]) + (f" ({limits[column]:.1%})" if limits[column] else "") for column in columns])
+    if options.json:
+        file = Path(options.json)
+        tables = json.loads(file.read_text()) if file.exists() else []
+        file.write_text(json.dumps([*tables, {"title": title, "device": device, "rows": rows}], indent=1))
+
+
+def shown(value):
+    """A number to three or four digits."""
+    if not isinstance(value, float):
+        return "-" if value is None else str(value)
+    return f"{value:.1e}" if 0 < value < 1e-3 else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def ratios(medians, seconds):
     """How many times faster than each baseline."""
-    baselines = ("corner gather", "torch", "torch.compile")
-    return [f"{medians[name] / seconds:.2f}" if name in medians else "-" for name in baselines]
+    return {
+        f"x {name}": medians[name] / seconds for name in ("corner gather", "torch", "torch.compile") if name in medians
+    }
 
 
 def megabytes(count):
-    return "-" if count is None else f"{count / 1e6:.0f}"
+    return None if count is None else count / 1e6
 
 
 def print_row(cells):
@@ -336,15 +391,12 @@ def measure_model(options):
 
     calls = build({name: functools.partial(make, function) for name, function in implementations().items()})
     expected = to_numpy(calls["xla"].result())
-    print(f"\nCropFormer Swin-T, 5 views of {height}x{width}, {dtype.name}, forward, {jax.devices()[0].device_kind}")
-    columns = ["implementation", "ms", "x corner gather", "peak MB", "max error"]
-    print_row(columns)
-    print_row(["---"] * len(columns))
-    medians = median_seconds(calls, options.rounds)
+    medians, rows = median_seconds(calls, options.rounds), []
     for key, seconds in medians.items():
         error = largest_difference(to_numpy(calls[key].result()), expected)
-        cells = [key, f"{seconds * 1e3:.2f}", ratios(medians, seconds)[0], megabytes(calls[key].peak_bytes)]
-        print_row([*cells, f"{error:.1e}"])
+        row = {"implementation": key, "ms": seconds * 1e3, **ratios(medians, seconds)}
+        rows.append({**row, "peak MB": megabytes(calls[key].peak_bytes), "max error": error})
+    report(options, f"CropFormer Swin-T, 5 views of {height}x{width}, {dtype.name}, forward", rows)
 
 
 def main():
@@ -358,8 +410,11 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--threads", type=int, help="PyTorch CPU threads")
     parser.add_argument("--torch-compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--json", help="file that also gets the rows")
     parser.add_argument("--model", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="CropFormer on such an image")
     options = parser.parse_args()
+    if options.json:
+        Path(options.json).unlink(missing_ok=True)
     for name in options.shapes:
         for gradient in (False, True):
             measure(options, name, gradient)

@@ -23,7 +23,11 @@ import numpy as np
 from absl import flags
 
 from esg_jax.config import from_dict
-from esg_jax.input import mappers, transforms
+from esg_jax.input import (
+    mappers,
+    packed,  # noqa: F401 (registers its reader)
+    transforms,
+)
 from esg_jax.input.readers import SourceConfig, open_source
 from esg_jax.input.records import RecordSource
 from esg_jax.ops.padding import check_pad_position

@@ -173,7 +173,7 @@ def imagenet_mobilenet():
 @pytest.mark.torch
 def test_real_imagenet_mobilenet(imagenet_mobilenet):
     """torchvision's file in our model, and in transformers' model by way of ours, gives the same features."""
-    import torch
+    torch = pytest.importorskip("torch")
 
     model, report = load_backbone(MobileNetV2(MobileNetV2Config(), rngs=nnx.Rngs(0)), imagenet_mobilenet)
     assert len(report.used) == 5 * 51 and not report.missing and not report.ignored
