@@ -11,9 +11,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
-from esg_jax.models.backbones.resnet import ResNet, ResNetConfig
-from esg_jax.models.backbones.swin import Swin, SwinConfig
+from esg_jax.models.backbones import BackboneConfig, make_backbone
+from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
+from esg_jax.models.backbones.resnet import ResNetConfig
+from esg_jax.models.backbones.swin import SwinConfig
 from esg_jax.models.mask_decoder import (
     DecoderOutput,
     MaskDecoder,
@@ -25,8 +26,6 @@ from esg_jax.models.mask_decoder import (
 from esg_jax.models.pixel_decoder import PixelDecoder, PixelDecoderConfig
 from esg_jax.models.positions import view_sine_position
 from esg_jax.models.view_association import AssociationConfig, ViewAssociation
-
-_BACKBONES = {SwinConfig: Swin, ResNetConfig: ResNet, MobileNetV2Config: MobileNetV2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class CropFormerConfig:
         pixel_mean, pixel_std: RGB normalisation on the 0..255 scale.
     """
 
-    backbone: SwinConfig | ResNetConfig | MobileNetV2Config
+    backbone: BackboneConfig
     pixel_decoder: PixelDecoderConfig = PixelDecoderConfig()
     mask_decoder: MaskDecoderConfig = MaskDecoderConfig()
     association: AssociationConfig | None = AssociationConfig()
@@ -137,7 +136,7 @@ class CropFormer(nnx.Module):
         kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.config = config
         self.dtype = dtype
-        self.backbone = _BACKBONES[type(config.backbone)](config.backbone, remat=remat, **kwargs)
+        self.backbone = make_backbone(config.backbone, remat=remat, **kwargs)
         self.pixel_decoder = PixelDecoder(config.pixel_decoder, self.backbone.out_channels, remat=remat, **kwargs)
         self.mask_decoder = MaskDecoder(config.mask_decoder, remat=remat, **kwargs)
         self.association = (

@@ -1,6 +1,7 @@
 """GELLA's vision branch: a colormap and image features to entity embeddings and reconstructed masks (section 4.3)."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
-from esg_jax.models.backbones.swin import Swin, SwinConfig
+from esg_jax.models.backbones import BackboneConfig, make_backbone
+from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
 from esg_jax.models.cropformer import CropFormerOutput
 from esg_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig, check_widths, image_memory
 from esg_jax.models.pixel_decoder import PixelDecoder, PixelDecoderConfig
 from esg_jax.models.resoblend import ResoBlend, ResoBlendConfig
 
-_ENCODERS = {MobileNetV2Config: MobileNetV2, SwinConfig: Swin}
 # The colormap encoders are ImageNet models.
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
@@ -25,8 +25,8 @@ class EntityEncoderConfig:
     """Sizes of the vision branch.
 
     Attributes:
-        colormap_encoder: backbone of the colormap. MobileNetV2 (the paper's default) trains the scales and offsets of
-            its batch normalisation: colours of entities are far from ImageNet's statistics.
+        colormap_encoder: the backbone that reads the colormap. MobileNetV2 (the paper's default) trains the scales and
+            offsets of its batch normalisation: colours of entities are far from ImageNet's statistics.
         resoblend: wiring and width.
         pixel_decoder, mask_decoder: CropFormer's, class-agnostic.
         key_padding: queries of the mask decoder do not attend to the padding of the colormap. By default they may: the
@@ -34,11 +34,12 @@ class EntityEncoderConfig:
             everything without an entity.
     """
 
-    colormap_encoder: MobileNetV2Config | SwinConfig = MobileNetV2Config(train_affine=True)
+    colormap_encoder: BackboneConfig = MobileNetV2Config(train_affine=True)
     resoblend: ResoBlendConfig = ResoBlendConfig()
     pixel_decoder: PixelDecoderConfig = PixelDecoderConfig()
     mask_decoder: MaskDecoderConfig = MaskDecoderConfig()
     key_padding: bool = False
+    reconstructs: ClassVar[bool] = True  # entities are found again as masks of queries
 
     @property
     def num_queries(self) -> int:
@@ -90,7 +91,7 @@ class EntityEncoder(nnx.Module):
         kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
         self.config = config
         self.dtype = dtype
-        self.colormap_encoder = _ENCODERS[type(config.colormap_encoder)](config.colormap_encoder, remat=remat, **kwargs)
+        self.colormap_encoder = make_backbone(config.colormap_encoder, remat=remat, **kwargs)
         self.resoblend = ResoBlend(config.resoblend, image_channels, self.colormap_encoder.out_channels, **kwargs)
         widths = (config.resoblend.dim,) * 4
         self.pixel_decoder = PixelDecoder(config.pixel_decoder, widths, remat=remat, **kwargs)

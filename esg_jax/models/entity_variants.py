@@ -14,6 +14,7 @@ where Table 19 does not give it are choices.
 import abc
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from esg_jax.models import layers
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
-from esg_jax.models.entity_encoder import IMAGENET_MEAN, IMAGENET_STD, EntityEncoderConfig, EntityOutput
+from esg_jax.models.entity_encoder import IMAGENET_MEAN, IMAGENET_STD, EntityEncoder, EntityEncoderConfig, EntityOutput
 from esg_jax.models.positions import sine_position
 from esg_jax.ops.regions import bounding_boxes, mask_weights, nearest_labels, roi_align
 
@@ -56,6 +57,7 @@ class _Sized:
     """What all configurations can say of themselves."""
 
     blocks: EntityBlocksConfig
+    reconstructs: ClassVar[bool] = False  # entity k has embedding k
 
     @property
     def embed_dim(self) -> int:
@@ -315,4 +317,10 @@ class MaskAttention(_Variant):
         )
 
 
-MODULES = {BinaryPoolConfig: BinaryPool, RoiAlignConfig: RoiAlign, MaskAttentionConfig: MaskAttention}
+# All that embed entities, by the class of their configuration.
+ENTITY_ENCODERS = {
+    EntityEncoderConfig: EntityEncoder,
+    BinaryPoolConfig: BinaryPool,
+    RoiAlignConfig: RoiAlign,
+    MaskAttentionConfig: MaskAttention,
+}

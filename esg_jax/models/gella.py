@@ -13,17 +13,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
+from esg_jax.models.backbones import BackboneConfig, backbone_configs, make_backbone
+from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
 from esg_jax.models.clip import CLIP_MEAN, CLIP_STD, ClipVision, ClipVisionConfig
 from esg_jax.models.colormap import ColormapConfig, colorize
-from esg_jax.models.entity_encoder import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    EntityEncoder,
-    EntityEncoderConfig,
-    EntityOutput,
-)
-from esg_jax.models.entity_variants import MODULES, BinaryPoolConfig, MaskAttentionConfig, RoiAlignConfig
+from esg_jax.models.entity_encoder import IMAGENET_MEAN, IMAGENET_STD, EntityEncoderConfig, EntityOutput
+from esg_jax.models.entity_variants import ENTITY_ENCODERS, BinaryPoolConfig, MaskAttentionConfig, RoiAlignConfig
 from esg_jax.models.grounding_association import GroundingAssociation, GroundingAssociationConfig
 from esg_jax.models.llama import Llama, LlamaConfig
 from esg_jax.models.llava import Projector, insert_image
@@ -37,10 +32,10 @@ class GellaConfig:
 
     Attributes:
         entities: the vision branch: the colormap, or one of the alternatives of Tables 19-20 (`entity_variants`).
-        vision: the image encoder. CLIP as in the paper, or an ImageNet MobileNetV2, whose stride-32 map stands in for
+        vision: the image encoder. CLIP as in the paper, or an ImageNet backbone, whose stride-32 map stands in for
             CLIP's grid where no CLIP weights are to be had.
-        image_size: side of the square image in pixels; CLIP's own, or a multiple of 32 for MobileNetV2.
-        vision_stride: of MobileNetV2's grid: 32, its last map; or 16, the map before it with the last one at its side.
+        image_size: side of the square image in pixels; CLIP's own, or a multiple of 32 for a backbone.
+        vision_stride: of a backbone's grid: 32, its last map; or 16, the map before it with the last one at its side.
         token_pooling: side of the squares of grid cells that are averaged to one image token of the language model.
         select_layer: of CLIP: -2 as LLaVA-1.5, whose projector was trained on it; the paper's text says the last.
         colormap: size and colours.
@@ -58,7 +53,7 @@ class GellaConfig:
     """
 
     entities: EntityEncoderConfig | BinaryPoolConfig | RoiAlignConfig | MaskAttentionConfig = EntityEncoderConfig()
-    vision: ClipVisionConfig | MobileNetV2Config = ClipVisionConfig()
+    vision: ClipVisionConfig | BackboneConfig = ClipVisionConfig()
     image_size: int = 336
     vision_stride: int = 32
     token_pooling: int = 1
@@ -75,16 +70,19 @@ class GellaConfig:
     lora: LoraConfig | None = None
 
     def __post_init__(self):
-        if isinstance(self.vision, ClipVisionConfig) and self.vision.image_size != self.image_size:
+        if not isinstance(self.vision, (ClipVisionConfig, *backbone_configs())):
+            kind = type(self.vision).__name__
+            raise ValueError(f"vision is a {kind}; choose a ClipVisionConfig or the configuration of a backbone")
+        if self.clip and self.vision.image_size != self.image_size:
             raise ValueError(
                 f"image_size is {self.image_size}, vision.image_size {self.vision.image_size}; make them equal"
             )
-        if isinstance(self.vision, MobileNetV2Config) and self.image_size % 32:
-            raise ValueError(f"image_size is {self.image_size}; MobileNetV2 needs a multiple of 32")
+        if not self.clip and self.image_size % 32:
+            raise ValueError(f"image_size is {self.image_size}; a backbone needs a multiple of 32")
         if self.vision_stride not in (16, 32):
             raise ValueError(f"vision_stride is {self.vision_stride}; choose 16 or 32")
-        if self.vision_stride != 32 and not isinstance(self.vision, MobileNetV2Config):
-            raise ValueError(f"vision_stride is {self.vision_stride}; only MobileNetV2 has a choice")
+        if self.clip and self.vision_stride != 32:
+            raise ValueError(f"vision_stride is {self.vision_stride}; only backbones have a choice")
         if self.token_pooling < 1 or self.grid % self.token_pooling:
             raise ValueError(f"token_pooling is {self.token_pooling}; it must divide the grid of {self.grid}")
         check_pad_position(self.pad_position, "pad_position")
@@ -100,10 +98,14 @@ class GellaConfig:
             )
 
     @property
+    def clip(self) -> bool:
+        """Whether the image encoder is CLIP; otherwise it is a backbone."""
+        return isinstance(self.vision, ClipVisionConfig)
+
+    @property
     def grid(self) -> int:
         """Side of the image encoder's grid, Zv."""
-        clip = isinstance(self.vision, ClipVisionConfig)
-        return self.vision.grid if clip else self.image_size // self.vision_stride
+        return self.vision.grid if self.clip else self.image_size // self.vision_stride
 
     @property
     def num_image_tokens(self) -> int:
@@ -118,7 +120,7 @@ class GellaConfig:
     @property
     def reconstructs(self) -> bool:
         """Whether entities are found again as masks of queries; otherwise entity k has embedding k."""
-        return isinstance(self.entities, EntityEncoderConfig)
+        return self.entities.reconstructs
 
     @classmethod
     def vicuna_7b(cls, lora: LoraConfig | None = None) -> "GellaConfig":
@@ -150,14 +152,13 @@ class VisionBranch(nnx.Module):
         kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=remat)
         self.config = config
         self.dtype = dtype
-        if isinstance(config.vision, ClipVisionConfig):
+        if config.clip:
             self.image_encoder = ClipVision(config.vision, **kwargs)
             self.image_channels = config.vision.width
         else:
-            self.image_encoder = MobileNetV2(config.vision, **kwargs)
+            self.image_encoder = make_backbone(config.vision, **kwargs)
             self.image_channels = sum(self.image_encoder.out_channels[-2 if config.vision_stride == 16 else -1 :])
-        module = EntityEncoder if config.reconstructs else MODULES[type(config.entities)]
-        self.entity_encoder = module(config.entities, self.image_channels, **kwargs)
+        self.entity_encoder = ENTITY_ENCODERS[type(config.entities)](config.entities, self.image_channels, **kwargs)
 
     def vision_tokens(self, image_bhwc: Num[Array, "b s s 3"], size_b2: Int[Array, "b 2"]) -> Float[Array, "b g g c"]:
         """Zv: the image encoder's grid.
@@ -174,17 +175,16 @@ class VisionBranch(nnx.Module):
             raise ValueError(
                 f"images must have shape {(side, side, 3)} (config.image_size), not {image_bhwc.shape[1:]}"
             )
-        clip = isinstance(self.config.vision, ClipVisionConfig)
         mean, std = (
             (255 * np.array(CLIP_MEAN, np.float32), 255 * np.array(CLIP_STD, np.float32))
-            if clip
+            if self.config.clip
             else (np.array(IMAGENET_MEAN, np.float32), np.array(IMAGENET_STD, np.float32))
         )
         image = (image_bhwc.astype(jnp.float32) - mean) / std
         # Zero after normalisation is the mean colour, with which LLaVA-1.5 pads.
         content = content_mask(side, side, size_b2, self.config.pad_position)
         image = jnp.where(content[..., None], image, 0.0).astype(self.dtype)
-        if clip:
+        if self.config.clip:
             return self.image_encoder(image, self.config.select_layer)
         *_, fine, coarse = self.image_encoder(image)
         if self.config.vision_stride == 32:

@@ -13,7 +13,7 @@ from esg_jax.losses.gella import GellaLossConfig
 from esg_jax.models.backbones.frozen_norm import FrozenBatchNorm
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
 from esg_jax.models.entity_variants import (
-    MODULES,
+    ENTITY_ENCODERS,
     VARIANTS,
     BinaryPoolConfig,
     EntityBlock,
@@ -40,7 +40,7 @@ TINY = {
 
 
 def build(config, channels=16):
-    return MODULES[type(config)](config, channels, rngs=nnx.Rngs(0))
+    return ENTITY_ENCODERS[type(config)](config, channels, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("name", TINY)
