@@ -38,7 +38,7 @@ def torch_model():
     import torch
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
-    from esg_jax.interop.transformers_config import mask2former_config
+    from esg_jax.interop.families.mask2former import mask2former_config
     from esg_jax.models.cropformer import CropFormerConfig
 
     torch.manual_seed(0)

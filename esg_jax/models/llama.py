@@ -344,3 +344,24 @@ def rotate(x_bthd: Float[Array, "b t h d"], cos, sin) -> Float[Array, "b t h d"]
     first, second = jnp.split(x_bthd.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_bthd.dtype)
+
+
+def with_new_tokens(llm: Llama, ids: tuple[int, ...], known: int = 32000) -> Llama:
+    """The model with the rows of new tokens, in embedding and head, set to the mean of the first `known` rows.
+
+    transformers' LLaVA files have spare rows whose content means nothing, so `<SEG>` needs this before training.
+    The model is not changed.
+
+    Raises:
+        ValueError: an id that is among the known ones or outside the vocabulary.
+    """
+    wrong = [i for i in ids if not known <= i < llm.config.vocab_size]
+    if wrong:
+        raise ValueError(f"token ids {wrong} must be within [{known}, {llm.config.vocab_size - 1}]")
+    llm = nnx.clone(llm)
+    rows = jnp.array(ids)
+    for parameter, axis in [(llm.embed.embedding, 0)] + ([] if llm.config.tied else [(llm.head.kernel, 1)]):
+        value = parameter[...]
+        mean = jax.lax.slice_in_dim(value, 0, known, axis=axis).mean(axis, dtype=jnp.float32).astype(value.dtype)
+        parameter[...] = value.at[rows].set(mean) if axis == 0 else value.at[:, rows].set(mean[:, None])
+    return llm

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from esg_jax.interop.checkpoints import load_backbone
+from esg_jax.interop.checkpoints import load_part
 from esg_jax.interop.convert import load_into, targets_of, to_ours
-from esg_jax.interop.formats import detect, infer_backbone_config
+from esg_jax.interop.families import detect
+from esg_jax.interop.families.backbones import infer_backbone
 from esg_jax.models.backbones.frozen_norm import FrozenStat
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
 from esg_jax.models.backbones.resnet import ResNet, ResNetConfig
@@ -45,7 +46,7 @@ def randomize(module, seed=0):
 
 def converted(cls, config, torch_module, **kwargs):
     state = {name: tensor.numpy() for name, tensor in torch_module.state_dict().items()}
-    found = detect(list(state))
+    _, found = detect(state)
     model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
     if found.absent:
         model = cls(config, rngs=nnx.Rngs(0))
@@ -119,7 +120,7 @@ def test_swin_gradients_equal_transformers():
         return sum(jnp.mean(jnp.square(feature)) for feature in model(jnp.asarray(x)))
 
     ours = targets_of(nnx.jit(nnx.grad(loss))(model))
-    found = detect(list(reference.state_dict()))
+    _, found = detect(reference.state_dict())
     theirs, _ = to_ours(gradients, ours, found.table)
     for name, gradient in ours.items():
         np.testing.assert_allclose(gradient, theirs[name], atol=DEEP, rtol=1e-3, err_msg=name)
@@ -175,15 +176,15 @@ def test_real_imagenet_mobilenet(imagenet_mobilenet):
     """torchvision's file in our model, and in transformers' model by way of ours, gives the same features."""
     import torch
 
-    model, report = load_backbone(MobileNetV2(MobileNetV2Config(), rngs=nnx.Rngs(0)), imagenet_mobilenet)
+    model, report = load_part(MobileNetV2(MobileNetV2Config(), rngs=nnx.Rngs(0)), imagenet_mobilenet)
     assert len(report.used) == 5 * 51 and not report.missing and not report.ignored
     assert all(name.startswith(("features.18.", "classifier.")) for name in report.dropped)
 
-    from esg_jax.interop.backbone_tables import MOBILENET_HF, MOBILENET_TORCHVISION
     from esg_jax.interop.convert import from_ours
+    from esg_jax.interop.families.backbones.mobilenet_v2 import HF, TORCHVISION
 
     reference = transformers_mobilenet()
-    theirs = {name: torch.from_numpy(x) for name, x in from_ours(targets_of(model), MOBILENET_HF).items()}
+    theirs = {name: torch.from_numpy(x) for name, x in from_ours(targets_of(model), HF).items()}
     left_out = reference.load_state_dict(theirs, strict=False)
     assert not left_out.unexpected_keys and all("conv_1x1" in name for name in left_out.missing_keys)
     x = image(96, 128)
@@ -191,7 +192,7 @@ def test_real_imagenet_mobilenet(imagenet_mobilenet):
     compare(model, x, [hidden[index] for index in (1, 4, 11, 15)])
 
     stored = torch.load(imagenet_mobilenet, weights_only=True)
-    for name, array in from_ours(targets_of(model), MOBILENET_TORCHVISION).items():
+    for name, array in from_ours(targets_of(model), TORCHVISION).items():
         if not name.endswith("num_batches_tracked"):
             np.testing.assert_array_equal(array, stored[name].numpy(), err_msg=name)
 
@@ -254,5 +255,5 @@ def test_remat_and_bfloat16_and_inferred_sizes(cls, config):
                 assert ours.dtype == jnp.bfloat16
                 error = jnp.linalg.norm(ours.astype(jnp.float32) - theirs) / jnp.linalg.norm(theirs)
                 assert error < 0.05
-    inferred = infer_backbone_config({name: x.shape for name, x in targets_of(model).items()})
+    inferred = infer_backbone({name: x.shape for name, x in targets_of(model).items()})
     assert inferred == config

@@ -9,14 +9,20 @@ import math
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 
-from esg_jax.interop.torch_backbones import BACKBONES
+from esg_jax.interop.pytorch.backbones import make_backbone
 
 
 def load(path):
-    """The model stored in a `.pth` file of `esg convert`, in evaluation mode."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    """The model stored in a `.pth` or `.safetensors` file of `esg convert`, in evaluation mode."""
+    if str(path).endswith(".safetensors"):
+        with safe_open(path, framework="pt") as file:
+            checkpoint = {"model": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118 (no mapping)
+            checkpoint |= file.metadata() or {}
+    else:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if "esg_jax_config" not in checkpoint:
         raise ValueError(f"{path} holds no configuration; create CropFormer(config) and load its state dict")
     model = CropFormer(json.loads(checkpoint["esg_jax_config"]))
@@ -244,7 +250,7 @@ class CropFormer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.backbone = BACKBONES[config["backbone"]["type"]](config["backbone"])
+        self.backbone = make_backbone(config["backbone"])
         self.sem_seg_head = nn.Module()
         self.sem_seg_head.pixel_decoder = PixelDecoder(config["pixel_decoder"], self.backbone.out_channels)
         self.sem_seg_head.predictor = Predictor(config["mask_decoder"], config["association"])

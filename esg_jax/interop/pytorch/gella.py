@@ -1,8 +1,8 @@
 """GELLA in PyTorch, to run what `esg convert` writes (needs the `torch` extra).
 
 There is no original code; modules and names follow our own. Language model and CLIP are transformers'. This is
-inference only and imports nothing of ours but the PyTorch CropFormer: `torch_gella.py`, `torch_cropformer.py` and
-`torch_backbones.py` may be copied into a PyTorch project.
+inference only and imports nothing of ours but the PyTorch CropFormer: `gella.py`, `cropformer.py` and `backbones.py`
+may be copied into a PyTorch project.
 """
 
 import json
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 
-from esg_jax.interop.torch_backbones import BACKBONES
-from esg_jax.interop.torch_cropformer import Attention, PixelDecoder, Predictor, sine_position
+from esg_jax.interop.pytorch.backbones import make_backbone
+from esg_jax.interop.pytorch.cropformer import Attention, PixelDecoder, Predictor, sine_position
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -161,10 +161,10 @@ class Gella(nn.Module):
         self.config, self.clip, self.llm = config, clip, llm
         entities = config["entities"]
         if clip is None:
-            self.image_encoder = BACKBONES[config["vision"]["type"]](config["vision"])
+            self.image_encoder = make_backbone(config["vision"])
         channels = config["vision"]["width"] if clip is not None else self.image_encoder.out_channels[-1]
         encoder, dim = entities["colormap_encoder"], entities["resoblend"]["dim"]
-        self.colormap_encoder = BACKBONES[encoder["type"]](encoder)
+        self.colormap_encoder = make_backbone(encoder)
         self.resoblend = ResoBlend(entities["resoblend"], channels, self.colormap_encoder.out_channels)
         self.sem_seg_head = nn.Module()
         self.sem_seg_head.pixel_decoder = PixelDecoder(entities["pixel_decoder"], (dim,) * 4)

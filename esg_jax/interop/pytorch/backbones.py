@@ -1,4 +1,4 @@
-"""Backbones in PyTorch under the reference's names (see `torch_cropformer`)."""
+"""Backbones in PyTorch under the reference's names (see `cropformer.py` beside)."""
 
 import torch
 import torch.nn.functional as F
@@ -227,3 +227,10 @@ class MobileNetV2(nn.Module):
 
 
 BACKBONES = {"SwinConfig": Swin, "ResNetConfig": ResNet, "MobileNetV2Config": MobileNetV2}
+
+
+def make_backbone(config):
+    """The backbone that a nested dictionary describes."""
+    if config["type"] not in BACKBONES:
+        raise ValueError(f"there is no PyTorch module for a {config['type']}, only for {', '.join(BACKBONES)}")
+    return BACKBONES[config["type"]](config)
