@@ -95,12 +95,7 @@ def load_checkpoint(
     report = Report()
     model = create() if allow_missing else nnx.eval_shape(create)
     arrays = stream_to_ours(
-        reader,
-        targets_of(model),
-        form.table,
-        allow_missing=allow_missing,
-        allow_unused=allow_unused,
-        report=report,
+        reader, targets_of(model), form.table, allow_missing=allow_missing, allow_unused=allow_unused, report=report
     )
     return load_into(model, _placed(arrays, shardings)), report
 

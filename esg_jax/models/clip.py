@@ -226,13 +226,7 @@ class ClipText(nnx.Module):
     """Causal text transformer."""
 
     def __init__(
-        self,
-        config: ClipTextConfig,
-        *,
-        rngs: nnx.Rngs,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        remat: bool = False,
+        self, config: ClipTextConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False
     ):
         """`remat` recomputes every block in the backward pass."""
         self.config = config
@@ -270,13 +264,7 @@ class Clip(nnx.Module):
     """Both transformers and the embedding they share."""
 
     def __init__(
-        self,
-        config: ClipConfig,
-        *,
-        rngs: nnx.Rngs,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        remat: bool = False,
+        self, config: ClipConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False
     ):
         self.config = config
         kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)

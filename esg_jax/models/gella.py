@@ -141,13 +141,7 @@ class VisionBranch(nnx.Module):
     """Image encoder and entity encoder: all that sees pixels. Trained alone, it reconstructs masks (Table 16)."""
 
     def __init__(
-        self,
-        config: GellaConfig,
-        *,
-        rngs: nnx.Rngs,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        remat: bool = False,
+        self, config: GellaConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False
     ):
         kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=remat)
         self.config = config
@@ -226,13 +220,7 @@ class Gella(nnx.Module):
     """Vision branch, language branch, association."""
 
     def __init__(
-        self,
-        config: GellaConfig,
-        *,
-        rngs: nnx.Rngs,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        remat: bool = False,
+        self, config: GellaConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False
     ):
         """Creates the parameters; `remat` recomputes every block in the backward pass."""
         kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)
@@ -244,11 +232,7 @@ class Gella(nnx.Module):
         self.projector = Projector(config.projector, self.visual.image_channels, config.llm.width, **kwargs)
         self.llm = Llama(config.llm, remat=remat, **kwargs)
         self.association = GroundingAssociation(
-            config.association,
-            config.llm.width,
-            config.entities.embed_dim,
-            rngs=rngs,
-            param_dtype=param_dtype,
+            config.association, config.llm.width, config.entities.embed_dim, rngs=rngs, param_dtype=param_dtype
         )
         self.lora = None if config.lora is None else Lora(config.lora, config.llm, **kwargs)
 

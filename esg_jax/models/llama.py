@@ -202,13 +202,7 @@ class Llama(nnx.Module):
     """Decoder-only transformer over embedded tokens, so that a caller may put image tokens among them."""
 
     def __init__(
-        self,
-        config: LlamaConfig,
-        *,
-        rngs: nnx.Rngs,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        remat: bool = False,
+        self, config: LlamaConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False
     ):
         """`remat` recomputes every block in the backward pass, which then stores one (B, T, D) array per layer."""
         self.config = config

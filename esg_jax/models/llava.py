@@ -47,14 +47,7 @@ class Projector(nnx.Module):
     """Image tokens -> tokens of the language model."""
 
     def __init__(
-        self,
-        kind: str,
-        fan_in: int,
-        fan_out: int,
-        *,
-        rngs: nnx.Rngs,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
+        self, kind: str, fan_in: int, fan_out: int, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32
     ):
         """`kind` is ``mlp2x_gelu`` or ``linear``.
 
@@ -92,13 +85,7 @@ class Llava(nnx.Module):
     """Image transformer, projector and language model."""
 
     def __init__(
-        self,
-        config: LlavaConfig,
-        *,
-        rngs: nnx.Rngs,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        remat: bool = False,
+        self, config: LlavaConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False
     ):
         """`remat` recomputes every block in the backward pass."""
         kwargs = dict(rngs=rngs, dtype=dtype, param_dtype=param_dtype)

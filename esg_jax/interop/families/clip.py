@@ -169,12 +169,7 @@ def clip_json(config: ClipConfig) -> Json:
     parts = {"vision_config": clip_vision_json(config.vision), "text_config": clip_text_json(config.text)}
     for side in parts.values():
         del side["architectures"]
-    return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": config.text.projection_dim,
-        **parts,
-    }
+    return {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": config.text.projection_dim, **parts}
 
 
 def _image(config: ClipVisionConfig) -> np.ndarray:

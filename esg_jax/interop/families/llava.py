@@ -8,14 +8,7 @@ from flax import nnx
 from esg_jax.interop.convert import ConversionError
 from esg_jax.interop.families.clip import clip_vision_json, clip_vision_rules, infer_clip_vision, read_clip_vision
 from esg_jax.interop.families.family import Family, Format, Json, Shapes, folder_writer, part
-from esg_jax.interop.families.llama import (
-    infer_llama,
-    llama_json,
-    llama_rules,
-    random_ids,
-    read_llama,
-    with_vocabulary,
-)
+from esg_jax.interop.families.llama import infer_llama, llama_json, llama_rules, random_ids, read_llama, with_vocabulary
 from esg_jax.interop.families.transformers_json import CACHES, only
 from esg_jax.interop.rules import Table, linear
 from esg_jax.interop.verify import Difference, verify_transformers

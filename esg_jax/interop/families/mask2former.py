@@ -201,10 +201,7 @@ def verify(folder: Path, model: CropFormer, size: tuple[int, int] = (256, 256)) 
     image, extent = random_views(1, size)
     output = run_views(model, image, extent)
     normalized = np.asarray(model.normalize(jnp.asarray(image), jnp.asarray(extent)))[0]
-    ours = {
-        "class_queries_logits": output.image.logits[-1],
-        "masks_queries_logits": output.image_mask_logits()[:, 0],
-    }
+    ours = {"class_queries_logits": output.image.logits[-1], "masks_queries_logits": output.image_mask_logits()[:, 0]}
     return verify_transformers(folder, {"pixel_values": normalized}, ours)
 
 

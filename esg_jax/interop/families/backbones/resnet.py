@@ -101,10 +101,6 @@ FAMILY = BackboneFamily(
     ),
     reference=Inside(r"stem\.conv1", DETECTRON2),
     transformers=InTransformers(
-        mark=r"embedder\.embedder",
-        table=HF,
-        model_type="resnet",
-        write_json=_write_json,
-        read_json=_read_json,
+        mark=r"embedder\.embedder", table=HF, model_type="resnet", write_json=_write_json, read_json=_read_json
     ),
 )

@@ -80,9 +80,7 @@ TORCHVISION = Table(
     ),
     buffers=(
         Buffer(
-            "features.{s*2+1}.{b}.attn.relative_position_index",
-            _BIAS_TABLE,
-            lambda table: _index_of(table).reshape(-1),
+            "features.{s*2+1}.{b}.attn.relative_position_index", _BIAS_TABLE, lambda table: _index_of(table).reshape(-1)
         ),
     ),
     dropped=_HEAD,
@@ -119,10 +117,7 @@ _HF_BODY = Table(
 # SwinForImageClassification and SwinModel.
 HF = Table(
     rules=_HF_BODY.prefixed("swin.", "").rules,
-    renames=(
-        (r"^(embeddings|encoder|layernorm)\.", r"swin.\1."),
-        *(rename for rename in _HF_BODY.renames[1:]),
-    ),
+    renames=((r"^(embeddings|encoder|layernorm)\.", r"swin.\1."), *(rename for rename in _HF_BODY.renames[1:])),
     dropped=(
         r"swin\.layernorm\.(weight|bias)",
         r"classifier\.(weight|bias)",
