@@ -20,9 +20,9 @@ from esg_jax.interop.writers import write_pth
 from esg_jax.models.backbones import BACKBONES, make_backbone
 from esg_jax.models.backbones.swin import SwinConfig
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
+from esg_jax.models.cropformer.mask_decoder import MaskDecoderConfig
+from esg_jax.models.cropformer.pixel_decoder import PixelDecoderConfig
 from esg_jax.models.gella import Gella, GellaConfig
-from esg_jax.models.mask_decoder import MaskDecoderConfig
-from esg_jax.models.pixel_decoder import PixelDecoderConfig
 from esg_jax.weights import save_weights
 
 

@@ -14,7 +14,7 @@ from esg_jax.interop.convert import ConversionError, targets_of
 from esg_jax.interop.families.family import Family, Format, folder_writer
 from esg_jax.interop.families.llama import infer_llama, with_vocabulary
 from esg_jax.interop.rules import LINEAR, Rule, Table, linear, same, stacked
-from esg_jax.models.llama import Llama, LlamaConfig
+from esg_jax.models.language.llama import Llama, LlamaConfig
 from esg_jax.weights import save_weights
 
 # What its author writes: names,

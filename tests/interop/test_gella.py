@@ -13,12 +13,12 @@ from esg_jax.interop.convert import ConversionError, from_ours, load_into, targe
 from esg_jax.interop.families.gella import gella_table, verify
 from esg_jax.interop.readers import open_checkpoint
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
-from esg_jax.models.entity_variants import RoiAlignConfig
 from esg_jax.models.gella import Gella, GellaConfig
-from esg_jax.models.grounding_association import GroundingAssociation, GroundingAssociationConfig
-from esg_jax.models.llava import PROJECTORS, Projector
-from esg_jax.models.lora import merge
-from esg_jax.models.resoblend import ResoBlend, ResoBlendConfig
+from esg_jax.models.gella.entity_variants import RoiAlignConfig
+from esg_jax.models.gella.grounding_association import GroundingAssociation, GroundingAssociationConfig
+from esg_jax.models.gella.resoblend import ResoBlend, ResoBlendConfig
+from esg_jax.models.language.llava import PROJECTORS, Projector
+from esg_jax.models.language.lora import merge
 from esg_jax.weights import save_weights
 
 

@@ -31,9 +31,9 @@ from esg_jax.interop.families.llava import LLAVA as LLAVA_TABLE
 from esg_jax.interop.families.llava import LLAVA_IN_MEMORY
 from esg_jax.interop.families.llava_original import llava_original_table
 from esg_jax.interop.readers import open_checkpoint, reader_of
-from esg_jax.models.clip import Clip, ClipConfig, ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
-from esg_jax.models.llama import Llama, LlamaConfig, with_new_tokens
-from esg_jax.models.llava import Llava, LlavaConfig, Projector
+from esg_jax.models.language.clip import Clip, ClipConfig, ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
+from esg_jax.models.language.llama import Llama, LlamaConfig, with_new_tokens
+from esg_jax.models.language.llava import Llava, LlavaConfig, Projector
 
 ORIGINAL = llava_original_table("mlp2x_gelu")
 LLAVA_13B = LlavaConfig.llava_13b()

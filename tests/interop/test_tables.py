@@ -30,9 +30,9 @@ from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
 from esg_jax.models.backbones.resnet import ResNet, ResNetConfig
 from esg_jax.models.backbones.swin import Swin, SwinConfig
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
-from esg_jax.models.mask_decoder import MaskDecoderConfig
-from esg_jax.models.pixel_decoder import PixelDecoderConfig
-from esg_jax.models.view_association import AssociationConfig
+from esg_jax.models.cropformer.mask_decoder import MaskDecoderConfig
+from esg_jax.models.cropformer.pixel_decoder import PixelDecoderConfig
+from esg_jax.models.cropformer.view_association import AssociationConfig
 
 REFERENCE = {
     "cropformer_swin_tiny_3x": CropFormerConfig.swin_tiny(),

@@ -12,8 +12,8 @@ from esg_jax.interop.readers import reader_of
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
 from esg_jax.models.backbones.resnet import ResNet, ResNetConfig
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
-from esg_jax.models.mask_decoder import MaskDecoderConfig
-from esg_jax.models.pixel_decoder import PixelDecoderConfig
+from esg_jax.models.cropformer.mask_decoder import MaskDecoderConfig
+from esg_jax.models.cropformer.pixel_decoder import PixelDecoderConfig
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch

@@ -7,7 +7,7 @@ from esg_jax.interop.families.family import Family, Format, Json, Shapes, folder
 from esg_jax.interop.families.transformers_json import BLOCKS, CACHES, heads, only, read_fields, write_fields
 from esg_jax.interop.rules import Rule, Table, conv, linear, norm, same, stacked
 from esg_jax.interop.verify import Difference, verify_transformers
-from esg_jax.models.clip import Clip, ClipConfig, ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
+from esg_jax.models.language.clip import Clip, ClipConfig, ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
 
 # Shapes do not show the number of heads; this is the head size of every published CLIP.
 _HEAD_DIM = 64

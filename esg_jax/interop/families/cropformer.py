@@ -15,9 +15,9 @@ from esg_jax.interop.rules import Buffer, Table, conv, linear, norm, packed_atte
 from esg_jax.interop.verify import Difference, compare, random_views, run_views
 from esg_jax.interop.writers import write_pth, write_safetensors
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
-from esg_jax.models.mask_decoder import MaskDecoderConfig
-from esg_jax.models.pixel_decoder import PixelDecoderConfig
-from esg_jax.models.view_association import AssociationConfig
+from esg_jax.models.cropformer.mask_decoder import MaskDecoderConfig
+from esg_jax.models.cropformer.pixel_decoder import PixelDecoderConfig
+from esg_jax.models.cropformer.view_association import AssociationConfig
 
 _NO_OBJECT_WEIGHT = 0.1
 

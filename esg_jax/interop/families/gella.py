@@ -34,10 +34,10 @@ from esg_jax.interop.readers import CheckpointReader, open_checkpoint
 from esg_jax.interop.rules import Table, conv, linear, norm, packed_attention, pointwise, same
 from esg_jax.interop.verify import Difference, compare
 from esg_jax.interop.writers import write_safetensors
-from esg_jax.models.entity_encoder import EntityEncoderConfig
 from esg_jax.models.gella import Gella, GellaConfig
-from esg_jax.models.llama import Llama
-from esg_jax.models.lora import Lora, merge
+from esg_jax.models.gella.entity_encoder import EntityEncoderConfig
+from esg_jax.models.language.llama import Llama
+from esg_jax.models.language.lora import Lora, merge
 
 _OWN_FILE = "gella.safetensors"
 _CLIP, _LLM = "clip.", "llm."

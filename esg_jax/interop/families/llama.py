@@ -10,7 +10,7 @@ from esg_jax.interop.families.family import Family, Format, Json, Shapes, folder
 from esg_jax.interop.families.transformers_json import BLOCKS, CACHES, heads, only, read_fields, write_fields
 from esg_jax.interop.rules import Rule, Table, linear, same, stacked
 from esg_jax.interop.verify import Difference, verify_transformers
-from esg_jax.models.llama import Llama, LlamaConfig
+from esg_jax.models.language.llama import Llama, LlamaConfig
 
 # Shapes do not show the number of heads; this is the head size of every published LLaMA-2.
 _HEAD_DIM = 128

@@ -12,9 +12,9 @@ from esg_jax.interop.families.llama import infer_llama, llama_json, llama_rules,
 from esg_jax.interop.families.transformers_json import CACHES, only
 from esg_jax.interop.rules import Table, linear
 from esg_jax.interop.verify import Difference, verify_transformers
-from esg_jax.models.clip import ClipVision, ClipVisionConfig
-from esg_jax.models.llama import Llama, LlamaConfig
-from esg_jax.models.llava import Llava, LlavaConfig, Projector
+from esg_jax.models.language.clip import ClipVision, ClipVisionConfig
+from esg_jax.models.language.llama import Llama, LlamaConfig
+from esg_jax.models.language.llava import Llava, LlavaConfig, Projector
 
 # LLaVA's own files stop at LLaMA's vocabulary; transformers' have 64 more rows, for <image>, <pad> and others.
 _LLAMA_ROWS, _LLAVA_ROWS = 32000, 32064

@@ -8,8 +8,8 @@ from esg_jax.interop.families.llava import PARTS, infer_llava, verify, with_fewe
 from esg_jax.interop.families.transformers_json import CACHES, only
 from esg_jax.interop.readers import CheckpointReader
 from esg_jax.interop.rules import Table, linear
-from esg_jax.models.clip import ClipVisionConfig
-from esg_jax.models.llava import Llava, LlavaConfig
+from esg_jax.models.language.clip import ClipVisionConfig
+from esg_jax.models.language.llava import Llava, LlavaConfig
 
 _TOWER = "model.vision_tower.vision_tower."
 

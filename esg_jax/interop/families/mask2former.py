@@ -14,8 +14,8 @@ from esg_jax.interop.families.family import Family, Format, InTransformers, Json
 from esg_jax.interop.rules import Table, conv, linear, norm, packed_attention, pointwise, same
 from esg_jax.interop.verify import Difference, random_views, run_views, verify_transformers
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
-from esg_jax.models.mask_decoder import MaskDecoderConfig
-from esg_jax.models.pixel_decoder import PixelDecoderConfig
+from esg_jax.models.cropformer.mask_decoder import MaskDecoderConfig
+from esg_jax.models.cropformer.pixel_decoder import PixelDecoderConfig
 
 _HF = "model.pixel_level_module"
 _HF_ENCODER = f"{_HF}.decoder.encoder.layers.{{i}}"

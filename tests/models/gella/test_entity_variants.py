@@ -12,7 +12,8 @@ from esg_jax.config import from_dict, to_dict
 from esg_jax.losses.gella import GellaLossConfig
 from esg_jax.models.backbones.frozen_norm import FrozenBatchNorm
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
-from esg_jax.models.entity_variants import (
+from esg_jax.models.gella import Gella, GellaConfig
+from esg_jax.models.gella.entity_variants import (
     ENTITY_ENCODERS,
     VARIANTS,
     BinaryPoolConfig,
@@ -23,7 +24,6 @@ from esg_jax.models.entity_variants import (
     RoiAlignConfig,
     _geometry,
 )
-from esg_jax.models.gella import Gella, GellaConfig
 from esg_jax.train.optim import OptimConfig
 from esg_jax.train.sharding import make_mesh
 from esg_jax.train.state import ModelDef

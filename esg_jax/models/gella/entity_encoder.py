@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float
 from esg_jax.models.backbones import BackboneConfig, make_backbone
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
 from esg_jax.models.cropformer import CropFormerOutput
-from esg_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig, check_widths, image_memory
-from esg_jax.models.pixel_decoder import PixelDecoder, PixelDecoderConfig
-from esg_jax.models.resoblend import ResoBlend, ResoBlendConfig
+from esg_jax.models.cropformer.mask_decoder import MaskDecoder, MaskDecoderConfig, check_widths, image_memory
+from esg_jax.models.cropformer.pixel_decoder import PixelDecoder, PixelDecoderConfig
+from esg_jax.models.gella.resoblend import ResoBlend, ResoBlendConfig
 
 # The colormap encoders are ImageNet models.
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)

@@ -9,13 +9,13 @@ from flax import nnx
 from esg_jax.losses.cropformer import LossConfig
 from esg_jax.losses.gella import GellaLossConfig
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
-from esg_jax.models.clip import ClipVisionConfig
-from esg_jax.models.colormap import ColormapConfig
-from esg_jax.models.entity_encoder import EntityEncoderConfig
+from esg_jax.models.cropformer.mask_decoder import MaskDecoderConfig
+from esg_jax.models.cropformer.pixel_decoder import PixelDecoderConfig
 from esg_jax.models.gella import Gella, GellaConfig
-from esg_jax.models.mask_decoder import MaskDecoderConfig
-from esg_jax.models.pixel_decoder import PixelDecoderConfig
-from esg_jax.models.resoblend import ResoBlendConfig
+from esg_jax.models.gella.colormap import ColormapConfig
+from esg_jax.models.gella.entity_encoder import EntityEncoderConfig
+from esg_jax.models.gella.resoblend import ResoBlendConfig
+from esg_jax.models.language.clip import ClipVisionConfig
 from esg_jax.ops.resize import resize_bilinear
 from esg_jax.train.optim import OptimConfig
 from esg_jax.train.sharding import make_mesh

@@ -11,8 +11,8 @@ from flax import nnx
 
 from esg_jax.config import from_dict, to_dict
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
-from esg_jax.models.mask_decoder import MaskDecoderConfig, Memory
-from esg_jax.models.pixel_decoder import PixelDecoderConfig
+from esg_jax.models.cropformer.mask_decoder import MaskDecoderConfig, Memory
+from esg_jax.models.cropformer.pixel_decoder import PixelDecoderConfig
 from esg_jax.models.positions import sine_position, view_sine_position
 from esg_jax.ops.resize import resize_bilinear
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from esg_jax.models.entity_encoder import EntityEncoder
-from esg_jax.models.mask_decoder import MaskDecoder, MaskDecoderConfig, Memory, image_memory
+from esg_jax.models.cropformer.mask_decoder import MaskDecoder, MaskDecoderConfig, Memory, image_memory
+from esg_jax.models.gella.entity_encoder import EntityEncoder
 
 CONFIG = MaskDecoderConfig(hidden_dim=16, mask_dim=8, num_heads=2, ffn_dim=16, num_layers=2, num_queries=3)
 CELLS, CONTENT = 12, 7

@@ -24,7 +24,13 @@ from jaxtyping import Array, Float, Int
 
 from esg_jax.models import layers
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
-from esg_jax.models.entity_encoder import IMAGENET_MEAN, IMAGENET_STD, EntityEncoder, EntityEncoderConfig, EntityOutput
+from esg_jax.models.gella.entity_encoder import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    EntityEncoder,
+    EntityEncoderConfig,
+    EntityOutput,
+)
 from esg_jax.models.positions import sine_position
 from esg_jax.ops.regions import bounding_boxes, mask_weights, nearest_labels, roi_align
 

@@ -15,14 +15,14 @@ from jaxtyping import Array, Float, Int, Num
 
 from esg_jax.models.backbones import BackboneConfig, backbone_configs, make_backbone
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
-from esg_jax.models.clip import CLIP_MEAN, CLIP_STD, ClipVision, ClipVisionConfig
-from esg_jax.models.colormap import ColormapConfig, colorize
-from esg_jax.models.entity_encoder import IMAGENET_MEAN, IMAGENET_STD, EntityEncoderConfig, EntityOutput
-from esg_jax.models.entity_variants import ENTITY_ENCODERS, BinaryPoolConfig, MaskAttentionConfig, RoiAlignConfig
-from esg_jax.models.grounding_association import GroundingAssociation, GroundingAssociationConfig
-from esg_jax.models.llama import Llama, LlamaConfig
-from esg_jax.models.llava import Projector, insert_image
-from esg_jax.models.lora import Lora, LoraConfig
+from esg_jax.models.gella.colormap import ColormapConfig, colorize
+from esg_jax.models.gella.entity_encoder import IMAGENET_MEAN, IMAGENET_STD, EntityEncoderConfig, EntityOutput
+from esg_jax.models.gella.entity_variants import ENTITY_ENCODERS, BinaryPoolConfig, MaskAttentionConfig, RoiAlignConfig
+from esg_jax.models.gella.grounding_association import GroundingAssociation, GroundingAssociationConfig
+from esg_jax.models.language.clip import CLIP_MEAN, CLIP_STD, ClipVision, ClipVisionConfig
+from esg_jax.models.language.llama import Llama, LlamaConfig
+from esg_jax.models.language.llava import Projector, insert_image
+from esg_jax.models.language.lora import Lora, LoraConfig
 from esg_jax.ops.padding import check_pad_position, content_mask
 
 

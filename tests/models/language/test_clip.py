@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from esg_jax.models.clip import Clip, ClipConfig, ClipTextConfig, ClipVision, ClipVisionConfig
+from esg_jax.models.language.clip import Clip, ClipConfig, ClipTextConfig, ClipVision, ClipVisionConfig
 
 VISION = ClipVisionConfig.tiny()
 TEXT = ClipTextConfig(

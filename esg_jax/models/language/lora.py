@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from esg_jax.models.llama import Llama, LlamaConfig
+from esg_jax.models.language.llama import Llama, LlamaConfig
 
 _ATTENTION = ("query", "key", "value", "out")
 _MLP = ("gate", "up", "down")

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from esg_jax.models import layers
-from esg_jax.models.pixel_decoder import PixelDecoderConfig
+from esg_jax.models.cropformer.pixel_decoder import PixelDecoderConfig
 from esg_jax.models.positions import sine_position
 from esg_jax.ops.resize import resize_bilinear
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esg_jax.models.colormap import ColormapConfig, colorize, location_colors, pack_labels, random_colors
+from esg_jax.models.gella.colormap import ColormapConfig, colorize, location_colors, pack_labels, random_colors
 
 
 def label_map(rng, entities=6, size=64):

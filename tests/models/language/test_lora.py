@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from esg_jax.models.llama import KVCache, Llama, LlamaConfig
-from esg_jax.models.lora import Lora, LoraConfig, merge, unmerge
+from esg_jax.models.language.llama import KVCache, Llama, LlamaConfig
+from esg_jax.models.language.lora import Lora, LoraConfig, merge, unmerge
 
 TINY = LlamaConfig(vocab_size=31, width=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=40)
 ALL = ("query", "key", "value", "out", "gate", "up", "down")

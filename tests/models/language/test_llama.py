@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from esg_jax.models.llama import KVCache, Llama, LlamaConfig
+from esg_jax.models.language.llama import KVCache, Llama, LlamaConfig
 
 TINY = LlamaConfig(vocab_size=61, width=32, num_layers=3, num_heads=4, num_kv_heads=4, ffn_dim=48)
 VARIANTS = {

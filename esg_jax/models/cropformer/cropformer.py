@@ -15,7 +15,7 @@ from esg_jax.models.backbones import BackboneConfig, make_backbone
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
 from esg_jax.models.backbones.resnet import ResNetConfig
 from esg_jax.models.backbones.swin import SwinConfig
-from esg_jax.models.mask_decoder import (
+from esg_jax.models.cropformer.mask_decoder import (
     DecoderOutput,
     MaskDecoder,
     MaskDecoderConfig,
@@ -23,9 +23,9 @@ from esg_jax.models.mask_decoder import (
     check_widths,
     image_memory,
 )
-from esg_jax.models.pixel_decoder import PixelDecoder, PixelDecoderConfig
+from esg_jax.models.cropformer.pixel_decoder import PixelDecoder, PixelDecoderConfig
+from esg_jax.models.cropformer.view_association import AssociationConfig, ViewAssociation
 from esg_jax.models.positions import view_sine_position
-from esg_jax.models.view_association import AssociationConfig, ViewAssociation
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ from flax import nnx
 
 from esg_jax.inference.decoding import DecodingConfig, generate
 from esg_jax.interop.convert import load_into
-from esg_jax.models.llama import Llama, LlamaConfig
-from esg_jax.models.lora import Lora, LoraConfig, merge
-from esg_jax.models.quantized import Int8Projection, memory_bytes, quantize, quantize_arrays
+from esg_jax.models.language.llama import Llama, LlamaConfig
+from esg_jax.models.language.lora import Lora, LoraConfig, merge
+from esg_jax.models.language.quantized import Int8Projection, memory_bytes, quantize, quantize_arrays
 from esg_jax.ops.int8 import int8_matmul, quantize_int8
 from esg_jax.weights import named_arrays
 

@@ -237,7 +237,7 @@ class Llama(nnx.Module):
             positions_bt: rotary positions; default: the place in the row.
             cache: earlier keys and values, with room for T more tokens; a row without it keeps none of them.
             num_blocks: run only so many, without a cache.
-            lora: adapters from `esg_jax.models.lora`.
+            lora: adapters from `esg_jax.models.language.lora`.
             lora_key: key of the adapters' dropout; None: no dropout.
             pin: applied to the states before every block and behind the last; a caller that splits the batch over
                 devices says so again here, since the weights of a block, split too, would have it otherwise.

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from esg_jax.models.llama import KVCache, Llama, LlamaConfig
+from esg_jax.models.language.llama import KVCache, Llama, LlamaConfig
 from esg_jax.ops.int8 import int8_matmul, quantize_int8
 
 _PROJECTIONS = {"attention": ("query", "key", "value", "out"), "mlp": ("gate", "up", "down")}

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from esg_jax.models import layers
-from esg_jax.models.pixel_decoder import ConvNorm
+from esg_jax.models.cropformer.pixel_decoder import ConvNorm
 from esg_jax.models.positions import sine_position
 from esg_jax.ops.resize import resize_bilinear
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from esg_jax.models import resoblend
-from esg_jax.models.resoblend import ResoBlend, ResoBlendConfig
+from esg_jax.models.gella import resoblend
+from esg_jax.models.gella.resoblend import ResoBlend, ResoBlendConfig
 
 CONFIG = ResoBlendConfig(dim=32, num_heads=4, ffn_dim=48)
 CHANNELS = (8, 12, 16, 20)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from esg_jax.models.clip import ClipVision, ClipVisionConfig
-from esg_jax.models.llama import Llama, LlamaConfig
+from esg_jax.models.language.clip import ClipVision, ClipVisionConfig
+from esg_jax.models.language.llama import Llama, LlamaConfig
 
 _normal = nnx.initializers.normal(0.02)
 PROJECTORS = ("mlp2x_gelu", "linear")
