@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from esg_jax.version import __version__
+from esg_jax import __version__
 
 # name -> (module with `add_parsers(subparsers)`, one line of help). Modules may offer several names.
 COMMANDS = {
