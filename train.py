@@ -34,7 +34,7 @@ from esg_jax.evaluation.report import format_value
 from esg_jax.evaluation.run import columns, images_of
 from esg_jax.input import grounding, pipeline
 from esg_jax.interop.convert import to_ours
-from esg_jax.interop.formats import detect
+from esg_jax.interop.families import detect
 from esg_jax.interop.gguf import load_llama, packaged_smollm2
 from esg_jax.interop.readers import open_checkpoint
 from esg_jax.models.gella import GellaConfig
@@ -244,7 +244,7 @@ def is_our_file(path: Path) -> bool:
 def from_pytorch(path, shapes, allow_missing: str | None = None):
     """Weights of a PyTorch checkpoint under our names."""
     reader = open_checkpoint(path)
-    found = detect(list(reader))
+    _, found = detect(reader)
     weights, _ = to_ours(reader, shapes, found.table, allow_missing=allow_missing or found.absent)
     log.info("%s: %d weights of %s", path, len(weights), found.name)
     return weights

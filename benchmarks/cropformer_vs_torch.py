@@ -65,7 +65,7 @@ def torch_model(size: str):
     import torch
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
-    from esg_jax.interop.transformers_config import mask2former_config
+    from esg_jax.interop.families.mask2former import mask2former_config
 
     torch.manual_seed(0)
     values = mask2former_config(model_config(size).without_views())

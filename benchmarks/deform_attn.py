@@ -386,7 +386,7 @@ def measure_model(options):
             output = nnx.merge(graph, state)(views, sizes, all_predictions=False)
             return output.batch.logits, output.batch_mask_logits()
 
-        with mock.patch("esg_jax.models.pixel_decoder.deform_attn", function):
+        with mock.patch("esg_jax.models.cropformer.pixel_decoder.deform_attn", function):
             return compiled_contender(forward, args)
 
     calls = build({name: functools.partial(make, function) for name, function in implementations().items()})

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from esg_jax.interop.gguf import load_llama, packaged_smollm2
-from esg_jax.models.quantized import quantize
+from esg_jax.models.language.quantized import quantize
 from esg_jax.text.tokenizers import GgufTokenizer
 
 

@@ -19,9 +19,8 @@ from rich.table import Table
 
 from esg_jax.inference.decoding import DecodingConfig, generate
 from esg_jax.interop.convert import from_ours
+from esg_jax.interop.families.llama import LLAMA, llama_json
 from esg_jax.interop.gguf import load_llama, packaged_smollm2
-from esg_jax.interop.language_config import llama_json
-from esg_jax.interop.language_tables import LLAMA
 from esg_jax.text.tokenizers import GgufTokenizer
 from esg_jax.weights import named_arrays
 

@@ -25,11 +25,11 @@ from esg_jax.input.grounding import GroundingDataConfig
 from esg_jax.losses.cropformer import LossConfig
 from esg_jax.losses.gella import GellaLossConfig
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
-from esg_jax.models.colormap import ColormapConfig
-from esg_jax.models.entity_variants import EntityBlocksConfig, MaskAttentionConfig
 from esg_jax.models.gella import GellaConfig
-from esg_jax.models.grounding_association import GroundingAssociationConfig
-from esg_jax.models.llama import LlamaConfig
+from esg_jax.models.gella.colormap import ColormapConfig
+from esg_jax.models.gella.entity_variants import EntityBlocksConfig, MaskAttentionConfig
+from esg_jax.models.gella.grounding_association import GroundingAssociationConfig
+from esg_jax.models.language.llama import LlamaConfig
 from esg_jax.train.config import RunConfig
 from esg_jax.train.loop import LoopConfig
 from esg_jax.train.optim import OptimConfig

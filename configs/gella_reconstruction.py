@@ -22,12 +22,12 @@ from configs import common
 from esg_jax.losses.cropformer import LossConfig
 from esg_jax.losses.gella import GellaLossConfig
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
-from esg_jax.models.colormap import ColormapConfig
-from esg_jax.models.entity_encoder import EntityEncoderConfig
+from esg_jax.models.cropformer.mask_decoder import MaskDecoderConfig
+from esg_jax.models.cropformer.pixel_decoder import PixelDecoderConfig
 from esg_jax.models.gella import GellaConfig
-from esg_jax.models.mask_decoder import MaskDecoderConfig
-from esg_jax.models.pixel_decoder import PixelDecoderConfig
-from esg_jax.models.resoblend import ResoBlendConfig
+from esg_jax.models.gella.colormap import ColormapConfig
+from esg_jax.models.gella.entity_encoder import EntityEncoderConfig
+from esg_jax.models.gella.resoblend import ResoBlendConfig
 from esg_jax.train.config import RunConfig
 from esg_jax.train.loop import LoopConfig
 from esg_jax.train.optim import OptimConfig

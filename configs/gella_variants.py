@@ -5,14 +5,14 @@
 VARIANT: colormap (GELLA's own; start it from `gella_reconstruction.py:entity_mini`, whose image size, side of the map
 and colours it has), binary_pool, roi_align, mask_ca_add (the quickstart itself, to compare with) or mask_ca_mul. Data,
 language model, losses and schedule are the quickstart's, and so is what it is good for; the sizes here are small,
-`esg_jax.models.entity_variants` has defaults for large models. `--config.model.entities.pooling=cls`, `...values` and
-`...blocks.num_blocks` walk through Table 19. Needs what the quickstart needs.
+`esg_jax.models.gella.entity_variants` has defaults for large models. `--config.model.entities.pooling=cls`, `...values`
+and `...blocks.num_blocks` walk through Table 19. Needs what the quickstart needs.
 """
 
 import dataclasses
 
 from configs import common, gella_quickstart, gella_reconstruction
-from esg_jax.models.entity_variants import VARIANTS, BinaryPoolConfig
+from esg_jax.models.gella.entity_variants import VARIANTS, BinaryPoolConfig
 from esg_jax.train.config import RunConfig
 
 

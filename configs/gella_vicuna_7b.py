@@ -14,7 +14,7 @@ from configs import common
 from esg_jax.input.grounding import GroundingDataConfig
 from esg_jax.losses.gella import GellaLossConfig
 from esg_jax.models.gella import GellaConfig
-from esg_jax.models.lora import LoraConfig
+from esg_jax.models.language.lora import LoraConfig
 from esg_jax.train.config import MeshConfig, RunConfig
 from esg_jax.train.loop import LoopConfig
 from esg_jax.train.optim import NORM_PATTERN, OptimConfig

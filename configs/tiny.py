@@ -10,9 +10,9 @@ from configs import common
 from esg_jax.losses.cropformer import LossConfig
 from esg_jax.models.backbones.swin import SwinConfig
 from esg_jax.models.cropformer import CropFormerConfig
-from esg_jax.models.mask_decoder import MaskDecoderConfig
-from esg_jax.models.pixel_decoder import PixelDecoderConfig
-from esg_jax.models.view_association import AssociationConfig
+from esg_jax.models.cropformer.mask_decoder import MaskDecoderConfig
+from esg_jax.models.cropformer.pixel_decoder import PixelDecoderConfig
+from esg_jax.models.cropformer.view_association import AssociationConfig
 from esg_jax.train.config import RunConfig
 from esg_jax.train.loop import LoopConfig
 from esg_jax.train.optim import OptimConfig

@@ -1,6 +1,6 @@
 """Entity segmentation and grounding in JAX/Flax."""
 
-__version__ = "0.1.0"
+from esg_jax.version import __version__ as __version__
 
 
 def load(path, **options):

@@ -29,7 +29,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "config") -> 
     """Builds the dataclass `cls` from `values`; fields left out keep their defaults.
 
     Args:
-        cls: a dataclass type; its annotations may be dataclasses, or unions of dataclasses and None.
+        cls: a dataclass type; its annotations may be dataclasses, or unions of dataclasses and None. `Annotated` with a
+            function stands for the union of the dataclasses that the function returns, those of a registry.
         values: the mapping to read; a ``type`` key selects the member of a union.
         path: prefix for error messages.
 
@@ -37,7 +38,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], path: str = "config") -> 
         ValueError: an unknown key, a ``type`` that does not fit, or a value that an optional field does not take; named
             with its full path.
     """
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - names - {TYPE_KEY})
     if unknown:
@@ -81,9 +82,8 @@ def _check_optional(hint: Any, value: Any, path: str) -> None:
 
 
 def _dataclass_members(hint: Any) -> list[type]:
-    options = (
-        typing.get_args(hint)
-        if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-        else [hint]
-    )
-    return [option for option in options if dataclasses.is_dataclass(option)]
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return [member for option in typing.get_args(hint) for member in _dataclass_members(option)]
+    if typing.get_origin(hint) is typing.Annotated:
+        return list(hint.__metadata__[0]())
+    return [hint] if dataclasses.is_dataclass(hint) else []

@@ -22,11 +22,11 @@ _FORMAT = "esg_jax"
 _MODELS = {
     "CropFormerConfig": ("esg_jax.models.cropformer", "CropFormer"),
     "GellaConfig": ("esg_jax.models.gella", "Gella"),
-    "LlavaConfig": ("esg_jax.models.llava", "Llava"),
-    "LlamaConfig": ("esg_jax.models.llama", "Llama"),
-    "ClipConfig": ("esg_jax.models.clip", "Clip"),
-    "ClipVisionConfig": ("esg_jax.models.clip", "ClipVision"),
-    "ClipTextConfig": ("esg_jax.models.clip", "ClipText"),
+    "LlavaConfig": ("esg_jax.models.language.llava", "Llava"),
+    "LlamaConfig": ("esg_jax.models.language.llama", "Llama"),
+    "ClipConfig": ("esg_jax.models.language.clip", "Clip"),
+    "ClipVisionConfig": ("esg_jax.models.language.clip", "ClipVision"),
+    "ClipTextConfig": ("esg_jax.models.language.clip", "ClipText"),
 }
 
 

@@ -65,16 +65,16 @@ def reference_model():
 def tiny_gella_config():
     """A GELLA of a hundred thousand weights."""
     from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
-    from esg_jax.models.clip import ClipVisionConfig
-    from esg_jax.models.colormap import ColormapConfig
-    from esg_jax.models.entity_encoder import EntityEncoderConfig
+    from esg_jax.models.cropformer.mask_decoder import MaskDecoderConfig
+    from esg_jax.models.cropformer.pixel_decoder import PixelDecoderConfig
     from esg_jax.models.gella import GellaConfig
-    from esg_jax.models.grounding_association import GroundingAssociationConfig
-    from esg_jax.models.llama import LlamaConfig
-    from esg_jax.models.lora import LoraConfig
-    from esg_jax.models.mask_decoder import MaskDecoderConfig
-    from esg_jax.models.pixel_decoder import PixelDecoderConfig
-    from esg_jax.models.resoblend import ResoBlendConfig
+    from esg_jax.models.gella.colormap import ColormapConfig
+    from esg_jax.models.gella.entity_encoder import EntityEncoderConfig
+    from esg_jax.models.gella.grounding_association import GroundingAssociationConfig
+    from esg_jax.models.gella.resoblend import ResoBlendConfig
+    from esg_jax.models.language.clip import ClipVisionConfig
+    from esg_jax.models.language.llama import LlamaConfig
+    from esg_jax.models.language.lora import LoraConfig
 
     return GellaConfig(
         entities=EntityEncoderConfig(

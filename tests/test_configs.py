@@ -8,8 +8,8 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from esg_jax.models.entity_variants import VARIANTS
-from esg_jax.models.lora import LoraConfig
+from esg_jax.models.gella.entity_variants import VARIANTS
+from esg_jax.models.language.lora import LoraConfig
 from esg_jax.train.config import RunConfig
 from esg_jax.train.step import StepConfig
 

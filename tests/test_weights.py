@@ -9,9 +9,9 @@ from safetensors.numpy import save_file
 
 from esg_jax.models.backbones.swin import SwinConfig
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
-from esg_jax.models.mask_decoder import MaskDecoderConfig
-from esg_jax.models.pixel_decoder import PixelDecoderConfig
-from esg_jax.models.view_association import AssociationConfig
+from esg_jax.models.cropformer.mask_decoder import MaskDecoderConfig
+from esg_jax.models.cropformer.pixel_decoder import PixelDecoderConfig
+from esg_jax.models.cropformer.view_association import AssociationConfig
 from esg_jax.weights import load_model, named_arrays, read_info, save_weights
 
 

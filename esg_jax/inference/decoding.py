@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from esg_jax.models.llama import KVCache, Llama
+from esg_jax.models.language.llama import KVCache, Llama
 from esg_jax.ops.segment_tokens import CONVENTIONS, SegHidden
 
 

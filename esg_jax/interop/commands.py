@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 _CONVERT_HELP = """\
 Checkpoints from PyTorch and to PyTorch. The source's format shows in its content: the reference code's CropFormer and
@@ -36,9 +37,9 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     add = convert.add_argument
     add(
         "--format",
-        choices=("ours", "reference", "transformers", "original"),
-        help="what to write; default: ours from a PyTorch source; from weights of ours, the reference's names of "
-        "CropFormer, transformers' of LLaVA, LLaMA and CLIP. original: LLaVA's own names",
+        metavar="NAME",
+        help="what to write: ours (default from a PyTorch source), or for PyTorch reference (CropFormer's own code), "
+        "transformers, original (LLaVA's own repository); default from weights of ours: the first that the model has",
     )
     add("--config", type=Path, metavar="JSON", help="the model to build, as a nested dictionary; default: inferred")
     add("--num-heads", type=int, metavar="N", help="attention heads of the decoders, which shapes do not show (8)")
@@ -91,12 +92,7 @@ def run_convert(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    import jax.numpy as jnp
-
     from esg_jax import weights
-    from esg_jax.interop import checkpoints
-    from esg_jax.interop.readers import open_checkpoint
-    from esg_jax.models.cropformer import CropFormerConfig
 
     config = None
     if args.config:
@@ -105,55 +101,65 @@ def _convert(args: argparse.Namespace) -> int:
         except json.JSONDecodeError as error:
             raise ValueError(f"{args.config} is not JSON: {error}") from error
     ours = weights.is_weights_file(args.source)
-    stored = weights.read_info(args.source)[0] if ours else None
-    language = ours and not isinstance(stored, CropFormerConfig)
-    target_format = args.format or ("transformers" if language else "reference" if ours else "ours")
-    if args.verify and target_format == "ours":
-        raise ValueError("--verify compares with PyTorch, so it needs --format reference or transformers")
-    if target_format == "ours" and args.target.suffix != ".safetensors":
-        raise ValueError(f"{args.target}: weights of ours end in .safetensors")
-    if ours and target_format == "ours":
-        raise ValueError(f"{args.source} holds weights of ours already; choose --format reference or transformers")
-    if language and getattr(stored, "lora", None) is None:
-        options = dict(vocab_size=args.vocab_size, leave_out=args.allow_unused)
-        for path in checkpoints.save_language(
-            args.target, open_checkpoint(args.source), stored, target_format, **options
-        ):
-            print(f"wrote {path}")
-        return _verify(args, weights.load_model(args.source)) if args.verify else 0
-    if args.vocab_size is not None and not language:
-        raise ValueError("--vocab-size is for language models in weights of ours")
+    if ours and args.format == "ours":
+        raise ValueError(f"{args.source} holds weights of ours already; choose the --format to write")
     options = dict(config=config, num_heads=args.num_heads, allow_unused=args.allow_unused, vision=args.vision)
-    if target_format == "ours" and not args.allow_missing:
-        report = checkpoints.convert_to_file(args.source, args.target, dtype=jnp.dtype(args.dtype), **options)
-        print(f"{args.target}: {report}")
-        return 0
-    if ours:
-        model = weights.load_model(args.source)
+    if not ours and args.format in (None, "ours"):
+        return _to_ours(args, options)
+    return _to_pytorch(args, None if ours else options)
+
+
+def _to_ours(args: argparse.Namespace, options: dict[str, Any]) -> int:
+    import jax.numpy as jnp
+
+    from esg_jax.interop import checkpoints
+    from esg_jax.weights import save_weights
+
+    if args.verify:
+        raise ValueError("--verify compares with PyTorch, so it needs another --format than ours")
+    if args.target.suffix != ".safetensors":
+        raise ValueError(f"{args.target}: weights of ours end in .safetensors")
+    if args.vocab_size is not None:
+        raise ValueError("--vocab-size is for writing PyTorch's checkpoints; ours have all rows")
+    dtype = jnp.dtype(args.dtype)
+    if args.allow_missing:
+        model, report = checkpoints.load_checkpoint(args.source, allow_missing=args.allow_missing, **options)
+        save_weights(args.target, model, {"source": args.source.name}, dtype=dtype)
     else:
+        report = checkpoints.convert_to_file(args.source, args.target, dtype=dtype, **options)
+    print(f"{args.target}: {report}")
+    return 0
+
+
+def _to_pytorch(args: argparse.Namespace, options: dict[str, Any] | None) -> int:
+    """`options` for a source of PyTorch's, None for weights of ours."""
+    import esg_jax
+    from esg_jax.interop import checkpoints
+    from esg_jax.interop.families import written_family
+    from esg_jax.interop.readers import open_checkpoint
+    from esg_jax.weights import read_info
+
+    arrays = model = None
+    if options is not None:
         model, report = checkpoints.load_checkpoint(args.source, allow_missing=args.allow_missing, **options)
         print(f"{args.source}: {report}")
-    if target_format == "ours":
-        weights.save_weights(args.target, model, {"source": args.source.name}, dtype=jnp.dtype(args.dtype))
-        print(f"wrote {args.target}")
-        return 0
-    for path in checkpoints.save_checkpoint(args.target, model, target_format):
-        print(f"wrote {path}")
-    return _verify(args, model) if args.verify else 0
-
-
-def _verify(args: argparse.Namespace, model) -> int:
-    from esg_jax.interop.verify import verify_gella, verify_language, verify_reference, verify_transformers
-    from esg_jax.models.cropformer import CropFormer
-    from esg_jax.models.gella import Gella
-
-    if isinstance(model, Gella):
-        run = verify_gella
-    elif not isinstance(model, CropFormer):
-        run = verify_language
     else:
-        run = verify_transformers if args.target.is_dir() else verify_reference
-    differences = run(args.target, model)
+        arrays, config = open_checkpoint(args.source), read_info(args.source)[0]
+        if args.verify or arrays.metadata.get("left_out"):  # what is left out comes from elsewhere
+            model = esg_jax.load(args.source)
+    if model is not None:
+        arrays, config = checkpoints.host_arrays(model), model.config
+    family = written_family(config, args.format)
+    if args.verify and family.verify is None:
+        raise ValueError(f"there is nothing to compare {family.written_as!r} with; leave --verify out")
+    leave_out = args.allow_unused if options is None else None
+    for path in checkpoints.save_arrays(
+        args.target, arrays, config, args.format, vocab_size=args.vocab_size, leave_out=leave_out
+    ):
+        print(f"wrote {path}")
+    if not args.verify:
+        return 0
+    differences = family.verify(args.target, model)
     for item in differences:
         print(f"{item.output}: max abs difference {item.absolute:.2e}, relative {item.relative:.2e}")
     if any(not item.absolute <= args.tolerance for item in differences):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ from esg_jax.interop.readers import CheckpointReader
 from esg_jax.interop.rules import Buffer, Index, Rule, Table, fill
 from esg_jax.weights import named_arrays
 
+# Under which a checkpoint that we write carries our configuration in its metadata.
+CONFIG_KEY = "esg_jax_config"
 _SHOWN = 20
 
 
@@ -306,6 +308,43 @@ def stream_from_ours(arrays: Mapping[str, Any], table: Table) -> Iterator[tuple[
     likes = _buffers_by_name(arrays, table)
     for name, (buffer, like) in likes.items():
         yield name, buffer.make(np.asarray(arrays[like]))
+
+
+def our_shapes(reader: CheckpointReader, table: Table) -> dict[str, tuple[int, ...]]:
+    """Our name -> shape for everything in the checkpoint that the table knows, without reading any tensor."""
+    groups, _, _ = plan(list(reader), table)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for (rule, values), parts in groups.items():
+        theirs = [fill(template, dict(values)) for template in rule.theirs]
+        if all(name in parts for name in theirs):
+            empty = [np.broadcast_to(np.zeros((), np.bool_), reader.shape(parts[name])) for name in theirs]
+            ours = (fill(template, dict(values)) for template in rule.ours)
+            try:
+                for name, x in zip(ours, rule.layout.to_ours(*empty), strict=True):
+                    if rule.stacked:
+                        count = max(dict(values)[rule.stacked] + 1, shapes.get(name, (0,))[0])
+                        shapes[name] = (count, *x.shape)
+                    else:
+                        shapes[name] = x.shape
+            except (ValueError, IndexError) as error:
+                raise ConversionError(f"{', '.join(theirs)}: shape {empty[0].shape} does not fit: {error}") from error
+    return shapes
+
+
+def subset(arrays: Mapping[str, Any], names: Iterable[str]) -> Mapping[str, Any]:
+    """These arrays alone; of a `CheckpointReader` another one."""
+    return arrays.only(names) if isinstance(arrays, CheckpointReader) else {name: arrays[name] for name in names}
+
+
+def empty_like(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays of the same shapes and types that take no memory; nothing is read for them."""
+    reader = isinstance(arrays, CheckpointReader)
+    kinds = (
+        {name: (arrays.shape(name), arrays.dtype(name)) for name in arrays}
+        if reader
+        else {name: (x.shape, x.dtype) for name, x in arrays.items()}
+    )
+    return {name: np.broadcast_to(np.zeros((), dtype), shape) for name, (shape, dtype) in kinds.items()}
 
 
 def _layers(arrays: Mapping[str, Any], name: str) -> Iterator[np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from esg_jax.interop.convert import ConversionError, load_into
-from esg_jax.models.llama import Llama, LlamaConfig
+from esg_jax.models.language.llama import Llama, LlamaConfig
 from esg_jax.text.gguf_file import GgufFile
 
 _SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

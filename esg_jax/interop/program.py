@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.numpy import save_file as save_safetensors
 
-import esg_jax
 from esg_jax.config import to_dict
 from esg_jax.models.cropformer import CropFormer
+from esg_jax.version import __version__
 from esg_jax.weights import named_arrays
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -80,7 +80,7 @@ def export_program(
     golden = _golden_input(image.shape)
     outputs = jax.jit(run)(weights, golden["image"], golden["size"])
     description = {
-        "esg_jax": esg_jax.__version__,
+        "esg_jax": __version__,
         "jax": jax.__version__,
         "platforms": list(platforms),
         "model": to_dict(model.config),

@@ -168,6 +168,11 @@ def frozen_batch_norm(theirs: str, ours: str) -> tuple[Rule, ...]:
     )
 
 
+def batch_norm_counter(theirs: str, ours: str) -> Buffer:
+    """Batch normalisation's counter of training steps, which frozen statistics do not need."""
+    return Buffer(f"{theirs}.num_batches_tracked", f"{ours}.var", lambda _: np.zeros((), np.int64), checked=False)
+
+
 def packed_attention(theirs: str, ours: str) -> tuple[Rule, ...]:
     """`torch.nn.MultiheadAttention` <-> separate projections."""
     parts = [f"{ours}.{name}" for name in ("query", "key", "value")]

@@ -13,10 +13,10 @@ from esg_jax.inference.masks_in import disjoint_masks
 from esg_jax.input.mask_files import read_masks
 from esg_jax.models.backbones.swin import SwinConfig
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
+from esg_jax.models.cropformer.mask_decoder import MaskDecoderConfig
+from esg_jax.models.cropformer.pixel_decoder import PixelDecoderConfig
+from esg_jax.models.cropformer.view_association import AssociationConfig
 from esg_jax.models.gella import Gella
-from esg_jax.models.mask_decoder import MaskDecoderConfig
-from esg_jax.models.pixel_decoder import PixelDecoderConfig
-from esg_jax.models.view_association import AssociationConfig
 from esg_jax.text.prompts import Prompts
 from esg_jax.weights import save_weights
 

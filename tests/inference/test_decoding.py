@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from esg_jax.inference.decoding import DecodingConfig, generate, sample_top_p
 from esg_jax.interop.convert import load_into
-from esg_jax.models.llama import Llama, LlamaConfig
+from esg_jax.models.language.llama import Llama, LlamaConfig
 from esg_jax.ops.segment_tokens import find_tokens, token_states
 from esg_jax.train.sharding import make_mesh, partition_specs, put_batch
 from esg_jax.weights import named_arrays

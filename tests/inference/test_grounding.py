@@ -14,8 +14,8 @@ from esg_jax.inference.grounding_rules import GroundingConfig, entity_scores
 from esg_jax.inference.masks_in import disjoint_masks
 from esg_jax.inference.reconstruction import Reconstructor
 from esg_jax.input.mask_files import read_masks
-from esg_jax.models.entity_variants import EntityBlocksConfig, RoiAlignConfig
 from esg_jax.models.gella import Gella
+from esg_jax.models.gella.entity_variants import EntityBlocksConfig, RoiAlignConfig
 from esg_jax.ops.padding import content_mask
 from esg_jax.text.sequences import SequenceBuilder, Turn
 

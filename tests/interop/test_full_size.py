@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.torch, pytest.mark.slow]
 def test_swin_tiny(tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from esg_jax.interop.verify import verify_transformers
+    from esg_jax.interop.families.mask2former import verify
 
     config = CropFormerConfig.swin_tiny().without_views()
     model = nnx.eval_shape(lambda: CropFormer(config, rngs=nnx.Rngs(0)))
@@ -28,5 +28,5 @@ def test_swin_tiny(tmp_path):
     model = load_into(model, arrays)
     save_checkpoint(tmp_path / "out", model, "transformers")
     # The smallest image on which every stage holds a whole window.
-    for item in verify_transformers(tmp_path / "out", model, (224, 256)):
+    for item in verify(tmp_path / "out", model, (224, 256)):
         assert item.absolute < 1e-4, item

@@ -8,16 +8,17 @@ import pytest
 from flax import nnx
 
 import esg_jax
-from esg_jax.interop.checkpoints import save_checkpoint, save_language
+from esg_jax.interop.checkpoints import save_arrays, save_checkpoint
 from esg_jax.interop.convert import ConversionError, from_ours, load_into, targets_of
-from esg_jax.interop.gella_tables import GELLA
+from esg_jax.interop.families.gella import gella_table, verify
 from esg_jax.interop.readers import open_checkpoint
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
-from esg_jax.models.entity_variants import RoiAlignConfig
 from esg_jax.models.gella import Gella, GellaConfig
-from esg_jax.models.grounding_association import GroundingAssociation, GroundingAssociationConfig
-from esg_jax.models.llava import PROJECTORS, Projector
-from esg_jax.models.resoblend import ResoBlend, ResoBlendConfig
+from esg_jax.models.gella.entity_variants import RoiAlignConfig
+from esg_jax.models.gella.grounding_association import GroundingAssociation, GroundingAssociationConfig
+from esg_jax.models.gella.resoblend import ResoBlend, ResoBlendConfig
+from esg_jax.models.language.llava import PROJECTORS, Projector
+from esg_jax.models.language.lora import merge
 from esg_jax.weights import save_weights
 
 
@@ -71,11 +72,10 @@ def variants(tiny_gella_config):
 def test_pytorch_gives_the_same_outputs(variants, tmp_path):
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from esg_jax.interop.verify import verify_gella
 
     model = random_model(variants["adapters"])
     save_checkpoint(tmp_path / "out", model)
-    for item in verify_gella(tmp_path / "out", model):
+    for item in verify(tmp_path / "out", model):
         assert item.absolute < 1e-4, item
 
 
@@ -90,7 +90,7 @@ def test_what_pytorch_has_no_modules_for(variants, tmp_path):
         (dataclasses.replace(plain, image_size=64, vision_stride=16), "know no vision_stride 16"),
     ):
         with pytest.raises(ConversionError, match=message):
-            save_language(tmp_path / "out", {}, config)
+            save_arrays(tmp_path / "out", {}, config)
     assert not (tmp_path / "out").exists()
 
 
@@ -98,11 +98,11 @@ def test_what_pytorch_has_no_modules_for(variants, tmp_path):
 @pytest.mark.parametrize("scale", ["none", "sqrt_dim", "learned"])
 def test_association_in_pytorch(scale):
     torch = pytest.importorskip("torch")
-    from esg_jax.interop.torch_gella import Association as Reference
+    from esg_jax.interop.pytorch.gella import Association as Reference
 
     config = GroundingAssociationConfig(dim=16, depth=2 if scale == "none" else 1, scale=scale)
     model = filled(nnx.eval_shape(lambda: GroundingAssociation(config, 24, 32, rngs=nnx.Rngs(0))))
-    state = from_ours({f"association.{name}": x for name, x in targets_of(model).items()}, GELLA)
+    state = from_ours({f"association.{name}": x for name, x in targets_of(model).items()}, gella_table())
     theirs = Reference(dataclasses.asdict(config), 24, 32)
     theirs.load_state_dict({n.removeprefix("association."): torch.from_numpy(np.array(x)) for n, x in state.items()})
     rng = np.random.default_rng(0)
@@ -116,10 +116,10 @@ def test_association_in_pytorch(scale):
 @pytest.mark.parametrize("kind", PROJECTORS)
 def test_projector_in_pytorch(kind):
     torch = pytest.importorskip("torch")
-    from esg_jax.interop.torch_gella import Projector as Reference
+    from esg_jax.interop.pytorch.gella import Projector as Reference
 
     model = filled(nnx.eval_shape(lambda: Projector(kind, 24, 32, rngs=nnx.Rngs(0))))
-    state = from_ours({f"projector.{name}": x for name, x in targets_of(model).items()}, GELLA)
+    state = from_ours({f"projector.{name}": x for name, x in targets_of(model).items()}, gella_table())
     theirs = Reference(kind, 24, 32)
     theirs.load_state_dict({n.removeprefix("projector."): torch.from_numpy(np.array(x)) for n, x in state.items()})
     x = np.random.default_rng(0).normal(size=(2, 3, 24)).astype(np.float32)
@@ -143,13 +143,13 @@ def test_projector_in_pytorch(kind):
 )
 def test_resoblend_in_pytorch(changes):
     torch = pytest.importorskip("torch")
-    from esg_jax.interop.torch_gella import ResoBlend as Reference
+    from esg_jax.interop.pytorch.gella import ResoBlend as Reference
 
     config = dataclasses.replace(TINY_BLEND, **changes)
     channels = (8, 12, 16, 20)
     model = filled(nnx.eval_shape(lambda: ResoBlend(config, 24, channels, rngs=nnx.Rngs(0))))
     prefix = "visual.entity_encoder.resoblend."
-    state = from_ours({prefix + name: x for name, x in targets_of(model).items()}, GELLA)
+    state = from_ours({prefix + name: x for name, x in targets_of(model).items()}, gella_table())
     theirs = Reference(dataclasses.asdict(config), 24, channels)
     theirs.load_state_dict({n.removeprefix("resoblend."): torch.from_numpy(np.array(x)) for n, x in state.items()})
     rng = np.random.default_rng(0)
@@ -162,13 +162,23 @@ def test_resoblend_in_pytorch(changes):
         np.testing.assert_allclose(ours, map_.numpy().transpose(0, 2, 3, 1), atol=1e-4, rtol=1e-4)
 
 
+def test_adapters_become_part_of_the_language_model(variants, tmp_path):
+    model = random_model(variants["adapters"])
+    save_weights(tmp_path / "ours.safetensors", model)
+    save_arrays(tmp_path / "out", open_checkpoint(tmp_path / "ours.safetensors"), model.config)
+    again = esg_jax.load(tmp_path / "out")
+    assert again.config == dataclasses.replace(model.config, lora=None)
+    for key, value in targets_of(merge(model.llm, model.lora)).items():
+        np.testing.assert_array_equal(targets_of(again.llm)[key], value, err_msg=key)
+
+
 @pytest.mark.parametrize("name", ["literal", "mobilenet, no text"])
 def test_round_trip_is_bit_equal(name, variants, tmp_path):
     model = random_model(variants[name])
     arrays = {key: np.asarray(x) for key, x in targets_of(model).items()}
     save_weights(tmp_path / "ours.safetensors", model)
-    save_language(tmp_path / "one", arrays, model.config)
-    save_language(tmp_path / "two", open_checkpoint(tmp_path / "ours.safetensors"), model.config)
+    save_arrays(tmp_path / "one", arrays, model.config)
+    save_arrays(tmp_path / "two", open_checkpoint(tmp_path / "ours.safetensors"), model.config)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))
     assert all((tmp_path / "one" / f).read_bytes() == (tmp_path / "two" / f).read_bytes() for f in files)
     again = esg_jax.load(tmp_path / "two")
@@ -179,11 +189,10 @@ def test_round_trip_is_bit_equal(name, variants, tmp_path):
 
 def test_what_is_refused(variants, tmp_path):
     model = random_model(variants["adapters"])
-    arrays = targets_of(model)
-    with pytest.raises(ConversionError, match="merge them first"):
-        save_language(tmp_path / "out", arrays, model.config)
-    with pytest.raises(ConversionError, match="written whole"):
+    with pytest.raises(ConversionError, match="no format 'original' for a GellaConfig; choose transformers"):
         save_checkpoint(tmp_path / "out", model, "original")
+    with pytest.raises(ConversionError, match="vocab_size is for language models, not for a GellaConfig"):
+        save_arrays(tmp_path / "out", targets_of(model), model.config, vocab_size=60)
     assert not list(tmp_path.iterdir())
     save_checkpoint(tmp_path / "out", model)
     (tmp_path / "out" / "llm" / "model.safetensors").unlink()

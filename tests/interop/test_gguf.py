@@ -6,9 +6,8 @@ import pytest
 
 from esg_jax.inference.decoding import DecodingConfig, generate
 from esg_jax.interop.convert import ConversionError, from_ours
+from esg_jax.interop.families.llama import LLAMA, llama_json
 from esg_jax.interop.gguf import load_llama, packaged_smollm2
-from esg_jax.interop.language_config import llama_json
-from esg_jax.interop.language_tables import LLAMA
 from esg_jax.text.gguf_file import GgufFile
 from esg_jax.text.tokenizers import GgufTokenizer
 from esg_jax.weights import named_arrays

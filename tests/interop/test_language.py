@@ -10,43 +10,49 @@ import pytest
 from flax import nnx
 
 import esg_jax
-from esg_jax.interop import language_tables as tables
-from esg_jax.interop.checkpoints import load_checkpoint, load_part, save_checkpoint, save_language, with_new_tokens
+from esg_jax.interop.checkpoints import convert_to_file, load_checkpoint, load_part, save_arrays, save_checkpoint
 from esg_jax.interop.convert import (
     ConversionError,
     Report,
     Stacked,
     from_ours,
     load_into,
+    our_shapes,
     stream_from_ours,
     stream_to_ours,
     targets_of,
     to_ours,
 )
-from esg_jax.interop.formats import detect, our_shapes
+from esg_jax.interop.families import detect
+from esg_jax.interop.families.clip import CLIP_VISION
+from esg_jax.interop.families.llama import LLAMA as LLAMA_TABLE
+from esg_jax.interop.families.llama import infer_llama
+from esg_jax.interop.families.llava import LLAVA as LLAVA_TABLE
+from esg_jax.interop.families.llava import LLAVA_IN_MEMORY
+from esg_jax.interop.families.llava_original import llava_original_table
 from esg_jax.interop.readers import open_checkpoint, reader_of
-from esg_jax.models.clip import Clip, ClipConfig, ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
-from esg_jax.models.llama import Llama, LlamaConfig
-from esg_jax.models.llava import Llava, LlavaConfig, Projector
+from esg_jax.models.language.clip import Clip, ClipConfig, ClipText, ClipTextConfig, ClipVision, ClipVisionConfig
+from esg_jax.models.language.llama import Llama, LlamaConfig, with_new_tokens
+from esg_jax.models.language.llava import Llava, LlavaConfig, Projector
 
-ORIGINAL = tables.llava_original_table("mlp2x_gelu")
+ORIGINAL = llava_original_table("mlp2x_gelu")
 LLAVA_13B = LlavaConfig.llava_13b()
 LLAMA_7B = LlamaConfig.llama_7b(vocab_size=32000)
 # File -> (model, configuration, name of the format, table, whether that table writes these very names).
 MANIFESTS = {
-    "clip_vit_l_336": (ClipVision, ClipVisionConfig(), "CLIP image side", tables.CLIP_VISION, True),
-    "alt/clip_vit_l_336.transformers5": (ClipVision, ClipVisionConfig(), "CLIP image side", tables.CLIP_VISION, False),
-    "llama_7b": (Llama, LLAMA_7B, "LLaMA", tables.LLAMA, True),
-    "alt/llama_7b.transformers5": (Llama, LLAMA_7B, "LLaMA", tables.LLAMA, True),
-    "llava15_7b": (Llava, LlavaConfig(), "LLaVA of transformers", tables.LLAVA, True),
-    "llava15_13b": (Llava, LLAVA_13B, "LLaVA of transformers", tables.LLAVA, True),
+    "clip_vit_l_336": (ClipVision, ClipVisionConfig(), "CLIP image side", CLIP_VISION, True),
+    "alt/clip_vit_l_336.transformers5": (ClipVision, ClipVisionConfig(), "CLIP image side", CLIP_VISION, False),
+    "llama_7b": (Llama, LLAMA_7B, "LLaMA", LLAMA_TABLE, True),
+    "alt/llama_7b.transformers5": (Llama, LLAMA_7B, "LLaMA", LLAMA_TABLE, True),
+    "llava15_7b": (Llava, LlavaConfig(), "LLaVA of transformers", LLAVA_TABLE, True),
+    "llava15_13b": (Llava, LLAVA_13B, "LLaVA of transformers", LLAVA_TABLE, True),
     "alt/llava15_7b.transformers5": (
         *(Llava, LlavaConfig(), "LLaVA of transformers (names in memory)"),
-        *(tables.LLAVA_IN_MEMORY, True),
+        *(LLAVA_IN_MEMORY, True),
     ),
     "alt/llava15_13b.transformers5": (
         *(Llava, LLAVA_13B, "LLaVA of transformers (names in memory)"),
-        *(tables.LLAVA_IN_MEMORY, True),
+        *(LLAVA_IN_MEMORY, True),
     ),
     "alt/llava15_7b.liuhaotian": (Llava, LlavaConfig(), "LLaVA (original)", ORIGINAL, True),
     "alt/llava15_13b.liuhaotian": (Llava, LLAVA_13B, "LLaVA (original)", ORIGINAL, True),
@@ -117,9 +123,9 @@ def test_names_and_shapes_are_exact(name, shared):
         assert {key.removeprefix("vision_model."): list(x.shape) for key, x in written.items()} == manifest
 
     reader = reader_of(empty(manifest))
-    found = detect(list(reader))
-    assert (found.name, found.model) == (format_name, cls)
-    assert found.infer(our_shapes(reader, found.table)) == config
+    family, found = detect(reader)
+    assert (found.name, family.model) == (format_name, cls)
+    assert family.infer(our_shapes(reader, found.table)) == config
     # Names are accounted for before the first array comes; ask for the smallest first.
     small_first = dict(sorted(ours.items(), key=lambda item: item[1].size))
     report = Report()
@@ -148,7 +154,7 @@ def test_round_trip_through_files_is_bit_equal(name, tmp_path):
     """In shards, read back from config.json; then from the weights file of ours to the very same files."""
     model = random_model(name)
     arrays = {key: np.asarray(x) for key, x in targets_of(model).items()}
-    files = save_language(tmp_path / "out", arrays, model.config, max_shard_bytes=30_000)
+    files = save_arrays(tmp_path / "out", arrays, model.config, max_shard_bytes=30_000)
     assert any(file.name.endswith("index.json") for file in files)
     again = esg_jax.load(tmp_path / "out")
     assert again.config == model.config
@@ -159,7 +165,7 @@ def test_round_trip_through_files_is_bit_equal(name, tmp_path):
     save_weights(tmp_path / "ours.safetensors", model)
     assert_equal(esg_jax.load(tmp_path / "ours.safetensors"), model)
     reader = open_checkpoint(tmp_path / "ours.safetensors")
-    for file in save_language(tmp_path / "again", reader, model.config, max_shard_bytes=30_000):
+    for file in save_arrays(tmp_path / "again", reader, model.config, max_shard_bytes=30_000):
         if file.suffix == ".safetensors":
             first, second = (open_checkpoint(tmp_path / folder / file.name) for folder in ("out", "again"))
             assert list(first) == list(second)
@@ -167,7 +173,7 @@ def test_round_trip_through_files_is_bit_equal(name, tmp_path):
                 np.testing.assert_array_equal(first[key], second[key], err_msg=key)
 
 
-@pytest.mark.parametrize("table", [tables.LLAVA, tables.LLAVA_IN_MEMORY, ORIGINAL], ids=["disk", "memory", "original"])
+@pytest.mark.parametrize("table", [LLAVA_TABLE, LLAVA_IN_MEMORY, ORIGINAL], ids=["disk", "memory", "original"])
 def test_llava_round_trips_with_permuted_keys(table):
     ours = random_arrays(shapes_of(Llava, LLAVA))
     theirs = from_ours(ours, table)
@@ -175,7 +181,7 @@ def test_llava_round_trips_with_permuted_keys(table):
     # Buffers of old files mean nothing.
     shuffled["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(2, np.float32)
     shuffled["vision_tower.vision_model.embeddings.position_ids"] = np.zeros((1, 17), np.int64)
-    back, report = to_ours(shuffled, ours, detect(list(shuffled)).table)
+    back, report = to_ours(shuffled, ours, detect(shuffled)[1].table)
     assert len(report.dropped) == 2
     for key, value in ours.items():
         np.testing.assert_array_equal(value, back[key], err_msg=key)
@@ -184,8 +190,8 @@ def test_llava_round_trips_with_permuted_keys(table):
 @pytest.mark.parametrize(
     ("table", "rename"),
     [
-        (tables.LLAVA, ("vision_tower.vision_model.", "vision_tower.")),
-        (tables.LLAVA_IN_MEMORY, ("model.vision_tower.", "model.vision_tower.vision_model.")),
+        (LLAVA_TABLE, ("vision_tower.vision_model.", "vision_tower.")),
+        (LLAVA_IN_MEMORY, ("model.vision_tower.", "model.vision_tower.vision_model.")),
         (ORIGINAL, ("model.vision_tower.vision_tower.vision_model.", "model.vision_tower.vision_tower.")),
     ],
     ids=["transformers 5", "transformers 4.57", "original"],
@@ -193,7 +199,7 @@ def test_llava_round_trips_with_permuted_keys(table):
 def test_spellings_of_the_image_side(table, rename):
     ours = random_arrays(shapes_of(Llava, LLAVA))
     renamed = {name.replace(*rename): x for name, x in from_ours(ours, table).items()}
-    back, _ = to_ours(renamed, ours, detect(list(renamed)).table)
+    back, _ = to_ours(renamed, ours, detect(renamed)[1].table)
     np.testing.assert_array_equal(back["vision.layers.fc1.kernel"], ours["vision.layers.fc1.kernel"])
 
 
@@ -213,7 +219,7 @@ def test_original_llava_grows_and_takes_clip_from_elsewhere(tmp_path):
     """As with the published files: 32000 rows there, rows for new tokens here, CLIP in a file of its own."""
     model = random_model("llava")
     arrays = {key: np.asarray(x) for key, x in targets_of(model).items()}
-    save_language(tmp_path / "out", arrays, LLAVA, "original", vocab_size=60, leave_out=r"^vision\.")
+    save_arrays(tmp_path / "out", arrays, LLAVA, "original", vocab_size=60, leave_out=r"^vision\.")
     clip = nnx.clone(random_model("clip"))
     clip.vision = model.vision
     save_checkpoint(tmp_path / "clip", clip)
@@ -276,7 +282,7 @@ def test_new_tokens_start_as_the_mean(name):
 @pytest.fixture
 def state():
     ours = random_arrays(shapes_of(Llava, LLAVA))
-    return ours, from_ours(ours, tables.LLAVA)
+    return ours, from_ours(ours, LLAVA_TABLE)
 
 
 GATE = "language_model.model.layers.{}.mlp.gate_proj.weight"
@@ -286,15 +292,15 @@ def test_missing_layer(state):
     ours, theirs = state
     del theirs[GATE.format(1)]
     with pytest.raises(ConversionError, match=f"lacks {GATE.format(1)}"):
-        to_ours(theirs, ours, tables.LLAVA)
+        to_ours(theirs, ours, LLAVA_TABLE)
 
 
 def test_layer_the_model_does_not_have(state):
     ours, theirs = state
     theirs[GATE.format(3)] = theirs[GATE.format(2)]
     with pytest.raises(ConversionError, match=f"no use for {GATE.format(3)}"):
-        to_ours(theirs, ours, tables.LLAVA)
-    _, report = to_ours(theirs, ours, tables.LLAVA, allow_unused=r"layers\.3\.")
+        to_ours(theirs, ours, LLAVA_TABLE)
+    _, report = to_ours(theirs, ours, LLAVA_TABLE, allow_unused=r"layers\.3\.")
     assert report.ignored == [GATE.format(3)]
 
 
@@ -311,8 +317,6 @@ def test_layer_the_model_does_not_have(state):
     ids=["shape", "type", "rank"],
 )
 def test_wrong_layer_leaves_no_file(state, change, message, tmp_path):
-    from esg_jax.interop.checkpoints import convert_to_file
-
     _, theirs = state
     theirs[GATE.format(1)] = change(theirs[GATE.format(1)])
     with pytest.raises(ConversionError, match=message):
@@ -324,7 +328,7 @@ def test_a_smaller_vocabulary_is_an_error(state):
     ours, theirs = state
     small = dataclasses.replace(LLAVA, llm=dataclasses.replace(LLAMA, vocab_size=64))
     with pytest.raises(ConversionError, match=r"embed_tokens\.weight gives .* the shape \(70, 24\), .* \(64, 24\)"):
-        to_ours(theirs, shapes_of(Llava, small), tables.LLAVA)
+        to_ours(theirs, shapes_of(Llava, small), LLAVA_TABLE)
 
 
 def test_failed_shard_leaves_nothing(tmp_path):
@@ -343,7 +347,7 @@ def test_failed_shard_leaves_nothing(tmp_path):
             return arrays.values()
 
     with pytest.raises(OSError, match="disk"):
-        save_language(tmp_path / "out", Broken(arrays), LLAMA, max_shard_bytes=5_000)
+        save_arrays(tmp_path / "out", Broken(arrays), LLAMA, max_shard_bytes=5_000)
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -351,14 +355,12 @@ def test_formats_a_model_does_not_have(tmp_path):
     with pytest.raises(ConversionError, match="no format 'original' for a LlamaConfig; choose transformers"):
         save_checkpoint(tmp_path / "x", random_model("llama"), "original")
     with pytest.raises(ConversionError, match=r"vocab_size 71 must be within \[1, 70\]"):
-        save_language(tmp_path / "x", targets_of(random_model("llama")), random_model("llama").config, vocab_size=71)
+        save_arrays(tmp_path / "x", targets_of(random_model("llama")), random_model("llama").config, vocab_size=71)
     assert not list(tmp_path.iterdir())
 
 
 def test_heads_that_shapes_do_not_show():
     shapes = {name: x.shape for name, x in shapes_of(Llama, LLAMA).items()}
-    from esg_jax.interop.language_config import infer_llama
-
     with pytest.raises(ConversionError, match="24 channels wide, no multiple of 128: name its heads with --num-heads"):
         infer_llama(shapes)
     assert infer_llama(shapes, 6).num_kv_heads == 2
@@ -367,7 +369,7 @@ def test_heads_that_shapes_do_not_show():
 def test_layers_are_read_one_by_one():
     """Nothing is read before it is asked for, and a stacked array is put together from single layers."""
     ours = random_arrays(shapes_of(Llava, LLAVA))
-    theirs = from_ours(ours, tables.LLAVA)
+    theirs = from_ours(ours, LLAVA_TABLE)
     reads = []
 
     class Counting(dict):
@@ -376,7 +378,7 @@ def test_layers_are_read_one_by_one():
             return super().__getitem__(name)
 
     wanted = ("llm.layers.mlp.gate.kernel",)
-    for name, array in stream_to_ours(Counting(theirs), ours, tables.LLAVA):
+    for name, array in stream_to_ours(Counting(theirs), ours, LLAVA_TABLE):
         if name in wanted:
             assert isinstance(array, Stacked) and array.shape == ours[name].shape
             before = len(reads)
@@ -410,11 +412,11 @@ def test_transformers_gives_the_same_outputs(name, tmp_path):
     """The files that we write load completely in transformers, and those that it writes in ours."""
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from esg_jax.interop.verify import verify_language
+    from esg_jax.interop.families import written_family
 
     model = random_model(name)
     save_checkpoint(tmp_path / "ours", model)
-    for item in verify_language(tmp_path / "ours", model):
+    for item in written_family(model.config).verify(tmp_path / "ours", model):
         assert item.absolute < 1e-4, item
     (architecture,) = json.loads((tmp_path / "ours" / "config.json").read_text())["architectures"]
     theirs = getattr(transformers, architecture).from_pretrained(tmp_path / "ours")

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from esg_jax.interop.convert import load_into, targets_of, to_ours
-from esg_jax.interop.formats import detect
+from esg_jax.interop.families import detect
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
 from esg_jax.models.backbones.resnet import ResNet, ResNetConfig
 from esg_jax.models.backbones.swin import Swin, SwinConfig
@@ -39,7 +39,7 @@ def randomize(module):
 
 def our_maps(cls, config, module, format_name):
     state = {name: x.numpy() for name, x in module.state_dict().items()}
-    found = detect(list(state))
+    _, found = detect(state)
     assert found.name == format_name
     model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
     arrays, _ = to_ours(state, targets_of(model), found.table, allow_missing=found.absent)

@@ -18,9 +18,9 @@ from esg_jax.interop.convert import load_into
 from esg_jax.interop.program import check_program, export_program
 from esg_jax.models.backbones.swin import SwinConfig
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
-from esg_jax.models.mask_decoder import MaskDecoderConfig
-from esg_jax.models.pixel_decoder import PixelDecoderConfig
-from esg_jax.models.view_association import AssociationConfig
+from esg_jax.models.cropformer.mask_decoder import MaskDecoderConfig
+from esg_jax.models.cropformer.pixel_decoder import PixelDecoderConfig
+from esg_jax.models.cropformer.view_association import AssociationConfig
 from esg_jax.weights import named_arrays, save_weights
 
 CONFIG = CropFormerConfig(

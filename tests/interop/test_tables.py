@@ -8,11 +8,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from esg_jax.interop import backbone_tables as tables
 from esg_jax.interop.checkpoints import load_checkpoint, save_checkpoint
-from esg_jax.interop.convert import ConversionError, from_ours, load_into, stream_to_ours, targets_of, to_ours
-from esg_jax.interop.cropformer_tables import reference_table, transformers_table
-from esg_jax.interop.formats import detect, infer_config, our_shapes
+from esg_jax.interop.convert import (
+    ConversionError,
+    from_ours,
+    load_into,
+    our_shapes,
+    stream_to_ours,
+    targets_of,
+    to_ours,
+)
+from esg_jax.interop.families import detect
+from esg_jax.interop.families.backbones import mobilenet_v2, resnet, swin
+from esg_jax.interop.families.cropformer import infer_config, reference_table
+from esg_jax.interop.families.family import BackboneFamily
+from esg_jax.interop.families.mask2former import transformers_table
 from esg_jax.interop.readers import load_torch_state, open_checkpoint, reader_of
 from esg_jax.interop.rules import Table, fill, linear, match
 from esg_jax.interop.writers import write_pth, write_safetensors
@@ -20,9 +30,9 @@ from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
 from esg_jax.models.backbones.resnet import ResNet, ResNetConfig
 from esg_jax.models.backbones.swin import Swin, SwinConfig
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
-from esg_jax.models.mask_decoder import MaskDecoderConfig
-from esg_jax.models.pixel_decoder import PixelDecoderConfig
-from esg_jax.models.view_association import AssociationConfig
+from esg_jax.models.cropformer.mask_decoder import MaskDecoderConfig
+from esg_jax.models.cropformer.pixel_decoder import PixelDecoderConfig
+from esg_jax.models.cropformer.view_association import AssociationConfig
 
 REFERENCE = {
     "cropformer_swin_tiny_3x": CropFormerConfig.swin_tiny(),
@@ -106,8 +116,8 @@ def test_reference_names_and_shapes_are_exact(name, shared):
     assert {key: x.dtype for key, x in written.items()} == {key: expected_dtype(key) for key in manifest}
 
     reader = reader_of(written)
-    found = detect(list(reader))
-    assert found.whole
+    family, found = detect(reader)
+    assert not isinstance(family, BackboneFamily)
     assert infer_config(our_shapes(reader, found.table)) == config
     back, report = to_ours(reader, ours, found.table)
     assert {key: x.shape for key, x in back.items()} == {key: x.shape for key, x in ours.items()}
@@ -118,7 +128,7 @@ def test_reference_names_and_shapes_are_exact(name, shared):
 def test_backbone_names_and_shapes(name, shared):
     cls, config, format_name = BACKBONES[name]
     manifest = json.loads(shared("manifests", f"{name}.json").read_text())
-    found = detect(list(manifest))
+    _, found = detect(manifest)
     assert found.name == format_name
     ours = abstract(cls, config)
     written = from_ours({k: v for k, v in empty(ours).items() if not k.startswith("norms.")}, found.table)
@@ -169,13 +179,13 @@ def test_round_trip_through_transformers_names(name):
 @pytest.mark.parametrize(
     ("cls", "config", "table"),
     [
-        (Swin, TINY["swin"].backbone, tables.SWIN_DETECTION),
-        (Swin, TINY["swin"].backbone, tables.SWIN_HF_BACKBONE),
-        (ResNet, TINY["resnet"].backbone, tables.RESNET_DETECTRON2),
-        (ResNet, TINY["resnet"].backbone, tables.RESNET_TORCHVISION),
-        (ResNet, TINY["resnet"].backbone, tables.RESNET_HF),
-        (MobileNetV2, MobileNetV2Config(), tables.MOBILENET_TORCHVISION),
-        (MobileNetV2, MobileNetV2Config(), tables.MOBILENET_HF),
+        (Swin, TINY["swin"].backbone, swin.DETECTION),
+        (Swin, TINY["swin"].backbone, swin.HF_BACKBONE),
+        (ResNet, TINY["resnet"].backbone, resnet.DETECTRON2),
+        (ResNet, TINY["resnet"].backbone, resnet.TORCHVISION),
+        (ResNet, TINY["resnet"].backbone, resnet.HF),
+        (MobileNetV2, MobileNetV2Config(), mobilenet_v2.TORCHVISION),
+        (MobileNetV2, MobileNetV2Config(), mobilenet_v2.HF),
     ],
 )
 def test_backbone_round_trips_with_permuted_keys(cls, config, table):
@@ -192,7 +202,7 @@ def test_every_layout_moves_each_number_to_one_place(shared):
     golden = np.load(shared("fixtures", "cropformer", "infer_dev.npz"))
     state = {name.removeprefix("param/"): golden[name] for name in golden.files if name.startswith("param/")}
     reader = reader_of(state)
-    found = detect(list(state))
+    _, found = detect(state)
     config = infer_config(our_shapes(reader, found.table))
     arrays, report = to_ours(state, abstract(CropFormer, config), found.table)
     assert len(report.used) + len(report.buffers) == len(state)
@@ -227,7 +237,7 @@ def test_old_spellings(old_spelling, rename):
     ours, theirs = old_spelling
     renamed = {rename(name): value for name, value in theirs.items()}
     assert set(renamed) != set(theirs)
-    back, _ = to_ours(renamed, ours, detect(list(renamed)).table)
+    back, _ = to_ours(renamed, ours, detect(renamed)[1].table)
     for key, value in ours.items():
         np.testing.assert_array_equal(value, back[key], err_msg=key)
 

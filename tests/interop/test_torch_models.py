@@ -7,25 +7,25 @@ from flax import nnx
 from esg_jax.config import to_dict
 from esg_jax.interop.checkpoints import config_of, save_checkpoint
 from esg_jax.interop.convert import load_into, targets_of
-from esg_jax.interop.formats import detect
+from esg_jax.interop.families import detect
 from esg_jax.interop.readers import reader_of
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2, MobileNetV2Config
 from esg_jax.models.backbones.resnet import ResNet, ResNetConfig
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
-from esg_jax.models.mask_decoder import MaskDecoderConfig
-from esg_jax.models.pixel_decoder import PixelDecoderConfig
+from esg_jax.models.cropformer.mask_decoder import MaskDecoderConfig
+from esg_jax.models.cropformer.pixel_decoder import PixelDecoderConfig
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
 
 def test_golden_outputs(shared):
-    from esg_jax.interop.torch_cropformer import CropFormer as Reference
+    from esg_jax.interop.pytorch.cropformer import CropFormer as Reference
 
     golden = np.load(shared("fixtures", "cropformer", "infer_dev.npz"))
     state = {name.removeprefix("param/"): golden[name] for name in golden.files if name.startswith("param/")}
     reader = reader_of(state)
-    model = Reference(to_dict(config_of(reader, detect(list(reader))))).eval()
+    model = Reference(to_dict(config_of(reader, *detect(reader)))).eval()
     model.load_state_dict({name: torch.from_numpy(x) for name, x in state.items()}, strict=True)
     sizes = golden["mid/inference/image_sizes"].astype(np.int64)
     height, width = golden["mid/backbone/input_normalized_padded"].shape[2:]
@@ -45,7 +45,7 @@ def test_golden_outputs(shared):
 )
 def test_other_backbones_load_and_agree(cls, config, tmp_path):
     """The file that we write loads strictly, and its backbone computes the same maps."""
-    from esg_jax.interop.torch_cropformer import load
+    from esg_jax.interop.pytorch.cropformer import load
 
     whole = CropFormerConfig(
         backbone=config,

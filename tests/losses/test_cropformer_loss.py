@@ -9,7 +9,7 @@ import pytest
 
 from esg_jax.losses.cropformer import LossConfig, cropformer_loss, loss_normalizers
 from esg_jax.models.cropformer import CropFormerOutput
-from esg_jax.models.mask_decoder import DecoderOutput
+from esg_jax.models.cropformer.mask_decoder import DecoderOutput
 
 IMAGES, VIEWS, QUERIES, SLOTS, CHANNELS, SIDE = 2, 2, 3, 5, 4, 8
 CONFIG = LossConfig(num_points=16)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from esg_jax.interop.convert import to_ours
-from esg_jax.interop.formats import detect
+from esg_jax.interop.families import detect
 from esg_jax.losses import cropformer as losses
 from esg_jax.losses.cropformer import LossConfig, Points, cropformer_loss
 from esg_jax.weights import named_arrays
@@ -147,7 +147,7 @@ def in_our_names(golden, model, value_of):
     for name in (name.removeprefix("param/") for name in golden.files if name.startswith("param/")):
         parameter = golden[f"param/{name}"]
         state[name] = parameter if name.endswith(buffers) else value_of(name, parameter)
-    return to_ours(state, named_arrays(model), detect(list(state)).table)[0]
+    return to_ours(state, named_arrays(model), detect(state)[1].table)[0]
 
 
 def test_gradients(result, golden, model):

@@ -103,13 +103,7 @@ class ResNet(nnx.Module):
     """Stem and four stages; returns the outputs of all stages."""
 
     def __init__(
-        self,
-        config: ResNetConfig,
-        *,
-        rngs: nnx.Rngs,
-        dtype=jnp.float32,
-        param_dtype=jnp.float32,
-        remat: bool = False,
+        self, config: ResNetConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat: bool = False
     ):
         """Creates the parameters; `remat` recomputes every block in the backward pass."""
         kwargs = dict(train_affine=config.train_affine, rngs=rngs, dtype=dtype, param_dtype=param_dtype)

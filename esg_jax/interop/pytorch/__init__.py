@@ -1,0 +1,1 @@
+"""PyTorch modules that run what `esg convert` writes; they may be copied into a PyTorch project (`torch` extra)."""
