@@ -16,7 +16,8 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.scenes import SceneConfig, render_scene
-from esg_jax.input import rle
+from esg_jax.masks import rle
+from esg_jax.masks.write import coco_records
 
 # Part of what a finished folder is recognised by; raise it when equal seeds give other pixels.
 VERSION = 2
@@ -88,18 +89,10 @@ def _render_one(index: int, out: Path, seed: int, config: SceneConfig) -> None:
     name = f"images/{index:06d}.jpg"
     quality = int(np.random.default_rng((seed, index)).integers(82, 96))
     Image.fromarray(scene.image).save(out / name, quality=quality)
-    rles, areas = rle.encode_label_map(scene.labels, scene.count)
     height, width = scene.labels.shape
     annotations = [
-        {
-            "image_id": index + 1,
-            "category_id": 1,
-            "iscrowd": 0,
-            "area": int(area),
-            "bbox": rle.bounding_box(encoded),
-            "segmentation": encoded,
-        }
-        for encoded, area in zip(rles, areas, strict=True)
+        {"image_id": index + 1, "category_id": 1, "iscrowd": 0, **record}
+        for record in coco_records(rle.encode_labels(scene.labels, scene.count))
     ]
     image = {"id": index + 1, "file_name": name, "height": height, "width": width, "license": 1, "style": scene.style}
     _write(_part(out, index), {"image": image, "annotations": annotations})

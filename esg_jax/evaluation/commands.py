@@ -6,8 +6,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from esg_jax.evaluation import averages, report, tasks, tasks_grounding, tasks_video
-from esg_jax.evaluation.rle import EvaluationError
+from esg_jax.evaluation import report
+from esg_jax.evaluation.formats import coco, label_maps, phrases, video
+from esg_jax.evaluation.metrics import averages
+from esg_jax.evaluation.metrics.errors import EvaluationError
+from esg_jax.masks import MaskError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +38,13 @@ _FOLDERS = (
 METRICS: dict[str, Metric] = {
     "entity-ap": Metric(
         "AP^e: class-agnostic mask AP, size buckets, AR@100, AR@100 at IoU 0.5 (COCO JSON)",
-        lambda a: tasks.entity_ap(a.gt, a.pred, workers=a.workers),
+        lambda a: coco.entity_ap(a.gt, a.pred, workers=a.workers),
         (*_AP, "AR100", "AR@100@IoU0.5"),
         many=True,
     ),
     "coco-ap": Metric(
         "COCO AP of masks, boxes or boundaries, class-aware (COCO JSON)",
-        lambda a: tasks.coco_ap(
+        lambda a: coco.coco_ap(
             a.gt, a.pred, kind=a.kind, class_agnostic=a.class_agnostic, box_areas=a.box_areas, workers=a.workers
         ),
         _AP,
@@ -54,19 +57,19 @@ METRICS: dict[str, Metric] = {
     ),
     "best-overlap": Metric(
         "mean best IoU and recall@0.5 of the annotated entities, whatever the scores (COCO JSON)",
-        lambda a: tasks.best_overlap(a.gt, a.pred, workers=a.workers),
+        lambda a: coco.best_overlap(a.gt, a.pred, workers=a.workers),
         ("mean_best_iou", "recall@IoU0.5"),
         many=True,
     ),
     "pq": Metric(
         "panoptic quality: PQ, SQ, RQ for all, things, stuff (COCO panoptic JSON + PNG)",
-        lambda a: tasks.panoptic_quality(a.gt, a.pred, gt_dir=a.gt_dir, pred_dir=a.pred_dir, workers=a.workers),
+        lambda a: label_maps.panoptic_quality(a.gt, a.pred, gt_dir=a.gt_dir, pred_dir=a.pred_dir, workers=a.workers),
         ("PQ", "SQ", "RQ", "PQ_Th", "PQ_St"),
         _FOLDERS,
     ),
     "miou": Metric(
         "mean IoU, both definitions (folders of label-map PNGs of equal names)",
-        lambda a: tasks.semantic_iou(
+        lambda a: label_maps.semantic_iou(
             a.gt,
             a.pred,
             num_classes=a.num_classes,
@@ -83,7 +86,7 @@ METRICS: dict[str, Metric] = {
     ),
     "lvis-ap": Metric(
         "LVIS AP with rare / common / frequent classes (LVIS JSON)",
-        lambda a: tasks.lvis_ap(
+        lambda a: coco.lvis_ap(
             a.gt, a.pred, kind=a.kind, max_dets=a.max_dets, top_per_class=a.fixed, workers=a.workers
         ),
         ("AP", "APr", "APc", "APf"),
@@ -96,52 +99,52 @@ METRICS: dict[str, Metric] = {
     ),
     "dis": Metric(
         "dichotomous segmentation: F, weighted F, MAE, S, E, HCE (folders of grey PNGs)",
-        lambda a: tasks.dichotomous(a.gt, a.pred, correction_effort=not a.no_hce, workers=a.workers),
+        lambda a: label_maps.dichotomous(a.gt, a.pred, correction_effort=not a.no_hce, workers=a.workers),
         ("maxF", "wF", "MAE", "S", "E_mean", "HCE"),
         (_option("--no-hce", action="store_true", help="leave out HCE, the slow one"),),
     ),
     "png-ar": Metric(
         "panoptic narrative grounding: AR for all, things, stuff, singular, plural (JSON, see docs/evaluation.md)",
-        lambda a: tasks_grounding.phrase_grounding(a.gt, a.pred, soft=a.soft, workers=a.workers),
+        lambda a: phrases.phrase_grounding(a.gt, a.pred, soft=a.soft, workers=a.workers),
         ("AR", "AR_Th", "AR_St", "AR_Sing", "AR_Pl"),
         (_option("--soft", action="store_true", help="the 2021 protocol: soft masks through 256x256"),),
     ),
     "res": Metric(
         "referring / reasoning segmentation: cIoU, gIoU, N-acc, T-acc (JSON, see docs/evaluation.md)",
-        lambda a: tasks_grounding.referring_segmentation(a.gt, a.pred, workers=a.workers),
+        lambda a: phrases.referring_segmentation(a.gt, a.pred, workers=a.workers),
         ("cIoU", "gIoU", "N-acc", "T-acc"),
     ),
     "rec": Metric(
         "referring comprehension: P@0.5 and others of boxes or masks (COCO JSON, one annotation per image)",
-        lambda a: tasks_grounding.referring_comprehension(a.gt, a.pred, kind=a.kind, workers=a.workers),
+        lambda a: coco.referring_comprehension(a.gt, a.pred, kind=a.kind, workers=a.workers),
         ("P@0.5", "mIoU", "oIoU"),
         (_option("--kind", choices=("bbox", "segm"), default="bbox", help="overlap (default: bbox)"),),
         many=True,
     ),
     "click": Metric(
         "1-click interactive segmentation: mean IoU over instances (JSON, see docs/evaluation.md)",
-        lambda a: tasks_grounding.click_iou(a.gt, a.pred),
+        lambda a: phrases.click_iou(a.gt, a.pred),
         ("mIoU_1click",),
     ),
     "ar-text": Metric(
         "recall of grounded nouns in text, strict and loose (JSON, see docs/evaluation.md)",
-        lambda a: tasks_grounding.text_recall(a.gt, a.pred),
+        lambda a: phrases.text_recall(a.gt, a.pred),
         ("AR_text_strict", "AR_text_loose"),
     ),
     "consistency": Metric(
         "annotation consistency: mAP of one annotator (--pred) against another (--gt), and class accuracy (COCO JSON)",
-        lambda a: tasks.consistency(a.gt, a.pred, workers=a.workers),
+        lambda a: coco.consistency(a.gt, a.pred, workers=a.workers),
         ("mAP", "ACC"),
     ),
     "statistics": Metric(
         "statistics of annotations: resolution, entities per image, covered area, shape (COCO JSON)",
-        lambda a: tasks.statistics(a.gt, workers=a.workers),
+        lambda a: coco.statistics(a.gt, workers=a.workers),
         ("ImageRes", "EntityNum", "EntityNumMax", "Convexity", "Simplicity", "ValidArea"),
         pred=False,
     ),
     "jf": Metric(
         "video object segmentation: J, F, J&F; YouTube-VOS G (folders SEQUENCE/FRAME.png)",
-        lambda a: tasks_video.video_object_segmentation(
+        lambda a: video.video_object_segmentation(
             a.gt, a.pred, protocol=a.protocol, meta=a.meta, sequences=a.sequences, workers=a.workers
         ),
         ("JF", "J", "F"),
@@ -153,19 +156,19 @@ METRICS: dict[str, Metric] = {
     ),
     "video-ap": Metric(
         "video instance segmentation AP (YouTube-VIS / OVIS JSON)",
-        lambda a: tasks_video.video_instance_ap(a.gt, a.pred, workers=a.workers),
+        lambda a: video.video_instance_ap(a.gt, a.pred, workers=a.workers),
         ("AP", "AP50", "AP75", "AR1", "AR10"),
         many=True,
     ),
     "hota": Metric(
         "HOTA of mask tracks (BURST JSON)",
-        lambda a: tasks_video.burst_hota(a.gt, a.pred, overlap=a.overlap, workers=a.workers),
+        lambda a: video.burst_hota(a.gt, a.pred, overlap=a.overlap, workers=a.workers),
         ("HOTA", "DetA", "AssA", "LocA"),
         (_option("--overlap", choices=("box", "mask"), default="box", help="box: as TrackEval really does (default)"),),
     ),
     "teta": Metric(
         "TETA of box tracks (TAO JSON)",
-        lambda a: tasks_video.tao_teta(a.gt, a.pred, workers=a.workers),
+        lambda a: video.tao_teta(a.gt, a.pred, workers=a.workers),
         ("TETA", "LocA", "AssocA", "ClsA"),
         many=True,
     ),
@@ -214,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
     """Scores, prints the table, writes what was asked for; 1 and one line on stderr for input that cannot be scored."""
     try:
         _score(args)
-    except EvaluationError as error:
+    except (EvaluationError, MaskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -223,7 +226,7 @@ def run(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> None:
     if args.metric == "average":
         expected = averages.SETS[args.set] if args.set else None
-        result = tasks_grounding.average_of_results(args.results, args.key, expected)
+        result = phrases.average_of_results(args.results, args.key, expected)
         report.print_table(f"average of {args.key}", result)
         if args.json:
             report.write_json(result, args.json)

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from pycocotools import mask as coco_mask
 
 from esg_jax.inference.canvas import Canvas
 from esg_jax.inference.types import InstancePrediction, PanopticPrediction, Segment
+from esg_jax.masks import rle
 from esg_jax.ops.resize import resize_bilinear
 
 
@@ -75,9 +75,7 @@ def to_instances(outputs, originals: Sequence[tuple[int, int]]) -> list[Instance
     for index, (height, width) in enumerate(originals):
         packed, score, label, query = (np.asarray(output[index]) for output in outputs)
         rows = np.argsort(-score, kind="stable")
-        rles = [
-            coco_mask.encode(np.asfortranarray(np.unpackbits(packed[row, :height], axis=-1)[:, :width])) for row in rows
-        ]
+        rles = [rle.encode(np.unpackbits(packed[row : row + 1, :height], axis=-1)[..., :width])[0] for row in rows]
         predictions.append(InstancePrediction(rles, score[rows], label[rows], query[rows], (height, width)))
     return predictions
 

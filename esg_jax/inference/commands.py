@@ -16,7 +16,7 @@ Finds the entities of one image or of every image in a folder, and writes for ea
 
   overlay  NAME_overlay.png   the photograph with tinted, outlined entities and their scores
   labels   NAME_labels.png    label map of the original size: 0 = none, 1 = best entity, 2 = ...
-  npz      NAME.npz           label_map, scores, class_scores, labels, queries (numpy)
+  npz      NAME.npz           masks (label map), scores, class_scores, labels, queries (numpy)
   json     predictions.json   one COCO file for all images (RLE masks with scores)
 
 A bad file is reported at the end and the job goes on; the exit status is 1 when any failed, 2 for a wrong command."""
@@ -167,7 +167,7 @@ class _Job:
     """Runs the images through the predictor and writes their files."""
 
     def __init__(self, args: argparse.Namespace, images: list[Path], image_ids: list[int]):
-        from esg_jax.inference.writers import CocoFile
+        from esg_jax.masks.write import CocoFile
 
         self.args, self.images, self.image_ids = args, images, image_ids
         self.stems = unique_stems(images)
@@ -211,6 +211,7 @@ class _Job:
     def _write(self, index: int, prediction):
         from esg_jax.inference import writers
         from esg_jax.input.image_io import load_image
+        from esg_jax.masks.write import write_arrays
 
         self.best_score = max(self.best_score, float(prediction.scores.max(initial=0)))
         kept = prediction.above(self.args.threshold)
@@ -220,7 +221,7 @@ class _Job:
         if "labels" in self.args.formats:
             writers.write_label_map(f"{base}_labels.png", kept)
         if "npz" in self.args.formats:
-            writers.write_arrays(f"{base}.npz", kept)
+            write_arrays(f"{base}.npz", kept, ("scores", "class_scores", "labels", "queries"))
         return kept
 
     def close(self) -> None:

@@ -157,7 +157,7 @@ class _Masks:
     """Where the masks of an image come from: files, or a segmenter."""
 
     def __init__(self, args: argparse.Namespace, images: list[Path]):
-        from esg_jax.input.mask_files import mask_file_of
+        from esg_jax.masks import mask_file_of
 
         self.args, self.predictor = args, None
         self.files: dict[Path, Path] = {}
@@ -187,8 +187,7 @@ class _Masks:
 
     def of(self, image: Path, pixels):
         """Disjoint entities of an image."""
-        from esg_jax.inference.masks_in import EntityMasks, NoMasksError, disjoint_masks
-        from esg_jax.input.mask_files import read_masks
+        from esg_jax.masks import NoMasksError, disjoint_masks, read_masks
 
         if self.predictor is not None:
             prediction = self.predictor(pixels)
@@ -198,7 +197,7 @@ class _Masks:
                     f"the segmenter found no entity with a score of {self.args.mask_threshold:g} or more in {image} "
                     f"(the best has {prediction.scores.max(initial=0):.2f}): lower --mask-threshold"
                 )
-            return EntityMasks.from_prediction(kept, self.max_entities)
+            return disjoint_masks(kept, max_entities=self.max_entities)
         masks = read_masks(self.files[image], pixels.shape[:2], image.name)
         options = {"overlap": self.args.overlap, "min_area": self.args.min_area}
         return disjoint_masks(masks, max_entities=self.max_entities, **options)

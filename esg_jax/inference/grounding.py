@@ -17,8 +17,8 @@ from esg_jax.inference import grounding_rules as rules
 from esg_jax.inference.decoding import DecodingConfig, generate
 from esg_jax.inference.grounding_rules import GroundingConfig
 from esg_jax.inference.grounding_types import CategoryResult, GroundedPhrase, GroundingResult, Scene
-from esg_jax.inference.masks_in import EntityMasks
 from esg_jax.input.square import square_image, square_labels
+from esg_jax.masks import MaskSet
 from esg_jax.models.gella import Gella
 from esg_jax.ops.padding import content_mask, content_start
 from esg_jax.text.nouns import noun_phrases
@@ -119,7 +119,7 @@ class Grounder:
 
     # Scenes.
 
-    def look(self, images: Sequence[np.ndarray], masks: Sequence[EntityMasks]) -> list[Scene]:
+    def look(self, images: Sequence[np.ndarray], masks: Sequence[MaskSet]) -> list[Scene]:
         """Encodes images with their masks.
 
         Args:

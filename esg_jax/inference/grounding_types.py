@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from esg_jax.inference.grounding_rules import ClassSegment
-from esg_jax.inference.masks_in import EntityMasks
+from esg_jax.masks import MaskSet, rle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +16,7 @@ class Scene:
     """An image and its entities as the model sees them; text is grounded in it.
 
     Attributes:
-        masks: the entities.
+        masks: the entities, disjoint.
         vision: Zv, the image encoder's grid.
         embed: E_vc of every query, for every colouring.
         query: the query of every entity, -1 where the model did not find it again, for every colouring.
@@ -27,7 +26,7 @@ class Scene:
         start: (top, left) of the picture within those, in fractions.
     """
 
-    masks: EntityMasks
+    masks: MaskSet
     vision: Float[np.ndarray, "g g c"]
     embed: Float[np.ndarray, "k q c"]
     query: Int[np.ndarray, "k n"]
@@ -56,8 +55,7 @@ class Scene:
 
     def rle(self, entities: tuple[int, ...]) -> dict[str, Any]:
         """`mask` in COCO's compressed run-length encoding, with text counts."""
-        encoded = coco_mask.encode(np.asfortranarray(self.mask(entities), dtype=np.uint8))
-        return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
+        return rle.to_json(rle.encode(self.mask(entities)[None])[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +165,8 @@ def entity_list(scene: Scene) -> list[dict[str, Any]]:
     """Id, area, RLE and what became of every mask that was given."""
     masks, groundable = scene.masks, scene.groundable
     out: list[dict[str, Any]] = []
-    for row, (mask_id, area, rle) in enumerate(zip(masks.ids, masks.areas.tolist(), masks.rles(), strict=True)):
-        encoded = {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+    for row, (mask_id, area, code) in enumerate(zip(masks.ids, masks.areas.tolist(), masks.rles(), strict=True)):
+        encoded = rle.to_json(code)
         entry = {"id": mask_id, "area": area, "groundable": bool(groundable[row]), "segmentation": encoded}
         if masks.scores is not None:
             entry["score"] = round(float(masks.scores[row]), 6)

@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 
 from esg_jax.inference.grounding_types import CategoryResult, GroundingResult
+from esg_jax.masks import BACKGROUND
+from esg_jax.masks.write import write_id_png
 from esg_jax.viz.overlay import overlay
 from esg_jax.viz.phrases import phrase_picture
 
@@ -25,12 +27,12 @@ def picture(image_hw3: np.ndarray, result: GroundingResult | CategoryResult, *, 
         phrases = [(phrase.text, phrase.span, phrase.entities) for phrase in result.phrases]
         text = result.text or result.prompt
         return phrase_picture(image_hw3, label_map, text, phrases, max_side=max_side)
-    table = np.full(len(result.scene.masks) + 1, -1)
+    table = np.full(len(result.scene.masks) + 1, BACKGROUND)
     tags = []
-    for number, segment in enumerate(result.segments):
+    for number, segment in enumerate(result.segments, start=1):
         tags.append(f"{result.names[segment.category]} {segment.score:.2f}")
         for entity in segment.entities:
-            if table[entity + 1] < 0:  # of several classes of one entity, the best one is shown
+            if table[entity + 1] == BACKGROUND:  # of several classes of one entity, the best one is shown
                 table[entity + 1] = number
     return overlay(image_hw3, table[label_map], tags, max_side=max_side)
 
@@ -91,9 +93,7 @@ def panoptic_record(
     for number, segment in enumerate(result.segments, start=1):
         table[np.asarray(segment.entities) + 1] = number
         segments.append({"id": number, "category_id": category_ids[segment.category], "score": segment.score})
-    ids = table[result.scene.masks.label_map]
-    rgb = np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)
-    Image.fromarray(rgb).save(Path(folder) / f"{stem}.png")
+    write_id_png(Path(folder) / f"{stem}.png", table[result.scene.masks.label_map])
     return {"image_id": image_id, "file_name": f"{stem}.png", "segments_info": segments}
 
 

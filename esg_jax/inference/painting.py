@@ -18,7 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from esg_jax.inference.canvas import TILE, Canvas
 from esg_jax.inference.scores import ScoreMode, entity_scores, pixel_quality
-from esg_jax.inference.types import BACKGROUND, EntityPrediction
+from esg_jax.inference.types import EntityPrediction
+from esg_jax.masks import BACKGROUND
+
+_FREE = -1  # while painting: no rank owns the pixel yet
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +30,7 @@ class Painted:
     """Result of `paint`: rows sorted by class score, equal scores by query index.
 
     Attributes:
-        label_map: row that owns each pixel, -1 for none; the image is the top left part.
+        label_map: k + 1 where row k owns the pixel, 0 for none; the image is the top left part.
         scores, class_scores: of the rows.
         queries: query index of the rows.
     """
@@ -45,10 +48,11 @@ class Painted:
         for index, (height, width) in enumerate(originals):
             label_map = np.array(host.label_map[index, :height, :width])
             if limit is not None:
-                label_map[label_map >= limit] = BACKGROUND
+                label_map[label_map > limit] = BACKGROUND
             queries = host.queries[index, rows]
             scores, class_scores = host.scores[index, rows], host.class_scores[index, rows]
-            out.append(EntityPrediction(label_map, scores, np.zeros_like(queries), queries, class_scores))
+            columns = {"labels": np.zeros_like(queries), "queries": queries, "class_scores": class_scores}
+            out.append(EntityPrediction.of(label_map, scores, **columns))
         return out
 
 
@@ -101,7 +105,7 @@ def _paint_image(logits_thqw, canvas, score_mode, chunk):
 
         def unfinished(state):
             step, labels, *_ = state
-            return (step * chunk < active_count) & jnp.any((labels == BACKGROUND) & (count_yx > 0))
+            return (step * chunk < active_count) & jnp.any((labels == _FREE) & (count_yx > 0))
 
         def advance(state):
             step, labels, area, quality = state
@@ -110,17 +114,18 @@ def _paint_image(logits_thqw, canvas, score_mode, chunk):
             logits_tykx = tile.interpolate(rank)
             probability = jnp.sum(jax.nn.sigmoid(logits_tykx) * share[:, :, None], axis=0)
             claims = logits_tykx[0] > 0 if views == 1 else probability > 0.5
-            claims &= (position < active_count)[:, None] & ((labels == BACKGROUND) & (count_yx > 0))[:, None]
+            claims &= (position < active_count)[:, None] & ((labels == _FREE) & (count_yx > 0))[:, None]
             claims &= jnp.cumsum(claims, axis=1) == 1  # the first claimant of the chunk
             area = area.at[rank].add(claims.sum((0, 2), dtype=jnp.int32))
             quality = quality.at[rank].add(jnp.where(claims, pixel_quality(probability, score_mode), 0).sum((0, 2)))
-            painted = jnp.max(jnp.where(claims, rank[:, None].astype(labels.dtype), BACKGROUND), axis=1)
+            painted = jnp.max(jnp.where(claims, rank[:, None].astype(labels.dtype), _FREE), axis=1)
             return step + 1, jnp.maximum(labels, painted), area, quality
 
-        labels = jnp.full((TILE, TILE), BACKGROUND, jnp.int16)
+        labels = jnp.full((TILE, TILE), _FREE, jnp.int16)
         _, labels, area, quality = jax.lax.while_loop(unfinished, advance, (0, labels, area, quality))
         return jax.lax.dynamic_update_slice(label_map, labels, tile.corner), area, quality
 
-    label_map = jnp.full((canvas.length, canvas.length), BACKGROUND, jnp.int16)
+    label_map = jnp.full((canvas.length, canvas.length), _FREE, jnp.int16)
     start = (label_map, jnp.zeros(queries, jnp.int32), jnp.zeros(queries, jnp.float32))
-    return jax.lax.fori_loop(0, canvas.tiles[0] * canvas.tiles[1], paint_tile, start)
+    owner, area, quality = jax.lax.fori_loop(0, canvas.tiles[0] * canvas.tiles[1], paint_tile, start)
+    return owner + 1, area, quality

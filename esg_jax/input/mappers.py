@@ -53,7 +53,7 @@ class EntityCrop:
         entities = record.load_entities()
         kept = np.flatnonzero(~entities.crowd)
         if len(kept) > self.max_entities:
-            kept = np.sort(kept[np.argsort(-entities.areas()[kept], kind="stable")[: self.max_entities]])
+            kept = np.sort(kept[np.argsort(-entities.areas[kept], kind="stable")[: self.max_entities]])
         image = record.load_image()
         images = [transforms.pad_image(transforms.view_image(image, view), self.padded) for view in views]
         layers = [[transforms.view_labels(layer, view) for layer in entities.layers] for view in views]
@@ -100,7 +100,7 @@ class LargeScaleJitter:
         whole = View((0, 0, width, height), (int(resized[0]), int(resized[1])), flip)
         rows, columns = (slice(start[axis], start[axis] + window[axis]) for axis in (0, 1))
         layers = [transforms.view_labels(layer, whole)[rows, columns] for layer in entities.layers]
-        areas = dataclasses.replace(entities, layers=layers).areas()
+        areas = dataclasses.replace(entities, layers=layers).areas
         kept = np.flatnonzero(~entities.crowd & (areas > 0))
         if len(kept) > self.max_entities:
             kept = np.sort(kept[np.argsort(-areas[kept], kind="stable")[: self.max_entities]])

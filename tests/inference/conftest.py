@@ -9,8 +9,8 @@ from flax import nnx
 
 from esg_jax.inference.grounding import Grounder
 from esg_jax.inference.grounding_rules import GroundingConfig
-from esg_jax.inference.masks_in import disjoint_masks
-from esg_jax.input.mask_files import read_masks
+from esg_jax.masks.mask_set import disjoint_masks
+from esg_jax.masks.read import read_masks
 from esg_jax.models.backbones.swin import SwinConfig
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
 from esg_jax.models.gella import Gella

@@ -76,15 +76,15 @@ def test_formats_agree(folder, output):
     for image in coco["images"]:
         stem = image["file_name"] if image["file_name"].startswith("a.") else image["file_name"].split(".")[0]
         arrays = np.load(out / f"{stem}.npz")
-        label_map = arrays["label_map"]
+        label_map = arrays["masks"]
         assert label_map.shape == (image["height"], image["width"]) == load_image(folder / image["file_name"]).shape[:2]
         png = Image.open(out / f"{stem}_labels.png")
-        np.testing.assert_array_equal(np.asarray(png), label_map + 1)
+        np.testing.assert_array_equal(np.asarray(png), label_map)
         records = [record for record in coco["annotations"] if record["image_id"] == image["id"]]
-        assert len(records) == len(arrays["scores"]) == label_map.max() + 1
+        assert len(records) == len(arrays["scores"]) == label_map.max()
         for row, record in enumerate(records):
             mask = coco_mask.decode(record["segmentation"]).astype(bool)
-            np.testing.assert_array_equal(mask, label_map == row)
+            np.testing.assert_array_equal(mask, label_map == row + 1)
             assert record["area"] == mask.sum()
             np.testing.assert_array_equal(record["bbox"], coco_mask.toBbox(record["segmentation"]))
             assert record["score"] == pytest.approx(arrays["scores"][row], abs=1e-6)

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import eval as script
-from esg_jax.evaluation import grounding_predictions, rle, run, text_sets
-from esg_jax.evaluation.config import EvalConfig
-from esg_jax.evaluation.rle import EvaluationError
-from esg_jax.input.rle import encode_label_map
+from esg_jax.evaluation import EvaluationError
+from esg_jax.evaluation import main as evaluation
+from esg_jax.evaluation.tasks import EntityTask, InstanceTask, NarrativeTask, PanopticTask, ReferringTask, grounder_task
+from esg_jax.masks import rle
 from esg_jax.weights import save_weights
 
 SIZE = (40, 60)
@@ -42,7 +41,7 @@ def root(tmp_path_factory):
         images.append({"id": i, "file_name": name, "height": SIZE[0], "width": SIZE[1]})
         info = [{"id": k, "category_id": c, "iscrowd": 0} for k, c in ((1, 10), (2, 20), (3, 20), (4, 30))]
         segments.append({"image_id": i, "file_name": name, "segments_info": info})
-        for k, code in enumerate(encode_label_map(labels, 4)[0], start=1):
+        for k, code in enumerate(map(rle.to_json, rle.encode_labels(labels, 4)), start=1):
             instances.append({"id": 10 * i + k, "image_id": i, "category_id": info[k - 1]["category_id"], "iscrowd": 0,
                               "area": int((labels == k).sum()), "segmentation": code})  # fmt: skip
         words = [("a", []), ("red dog", ["1"]), ("and", []), ("cats", ["2", "3"]), ("on", []), ("grass", ["4"])]
@@ -75,9 +74,16 @@ def config(root, what, **changes):
         "panoptic": {"annotations": f"{root}/panoptic.json"},
         "instance": {"annotations": f"{root}/instances.json"},
     }[what]
-    task = "referring" if what == "reasoning" else what
+    task = {
+        "narrative": NarrativeTask, "referring": ReferringTask, "reasoning": ReferringTask, "panoptic": PanopticTask,
+        "instance": InstanceTask,
+    }[what]  # fmt: skip
     images = "" if what == "reasoning" else str(root)
-    return EvalConfig(**{"task": task, "images": images, "grid_images": 2, **fields, **changes})
+    return task(**{"images": images, "grid_images": 2, **fields, **changes})
+
+
+def score(task, files):
+    return task.score(task.truth(), files)["metrics"]
 
 
 def write(tmp_path, records):
@@ -87,7 +93,7 @@ def write(tmp_path, records):
 
 def code(mask):
     out = rle.encode(mask[None])[0]
-    return {"size": list(out["size"]), "counts": out["counts"].decode()}
+    return rle.to_json(out)
 
 
 def test_narratives_by_hand(root, tmp_path):
@@ -98,7 +104,7 @@ def test_narratives_by_hand(root, tmp_path):
         half = (labels == 1) & (np.arange(60) < 10)
         masks = (half, labels == 2, labels == 4)
         records.append({"image_id": f"{i}_7", "phrases": [{"pred": code(mask)} for mask in masks]})
-    result = run.score(config(root, "narrative"), write(tmp_path, records))["metrics"]
+    result = score(config(root, "narrative"), write(tmp_path, records))
     cats = 0.5  # both cats are 20 x 15 pixels
     assert result["num_phrases"] == 6
     for name, value in {
@@ -106,15 +112,15 @@ def test_narratives_by_hand(root, tmp_path):
     }.items():  # fmt: skip
         assert result[name] == pytest.approx(value, abs=1e-4), name
         assert name != "AR" or result[name] == pytest.approx(result["mean_iou"], abs=1e-4)  # the area under the curve
-    result = run.score(config(root, "narrative", plural_by="flag"), write(tmp_path, records))["metrics"]
+    result = score(config(root, "narrative", plural_by="flag"), write(tmp_path, records))
     assert result["AR_Pl"] == pytest.approx(1, abs=1e-4)
-    whole = run.score(config(root, "narrative", max_images=1), write(tmp_path, records[:1]))["metrics"]
+    whole = score(config(root, "narrative", max_images=1), write(tmp_path, records[:1]))
     assert whole["num_phrases"] == 3
     with pytest.raises(EvaluationError, match="image_id 2_7 is in only one of"):
-        run.score(config(root, "narrative"), write(tmp_path, records[:1]))
+        score(config(root, "narrative"), write(tmp_path, records[:1]))
     with pytest.raises(EvaluationError, match=r"image_id 1_7: 3 phrases in .*png.json, 2 in"):
         records[0]["phrases"].pop()
-        run.score(config(root, "narrative"), write(tmp_path, records))
+        score(config(root, "narrative"), write(tmp_path, records))
 
 
 def test_listed_phrases_are_aligned(root, tmp_path):
@@ -125,9 +131,9 @@ def test_listed_phrases_are_aligned(root, tmp_path):
         phrases = [{"text": text, "pred": code(mask)} for text, mask in listed]
         records.append({"image_id": f"{i}_7", "phrases": phrases if i == 1 else []})
     made = config(root, "narrative", phrases="generated")
-    result = run.score(made, write(tmp_path, records))["metrics"]
+    result = score(made, write(tmp_path, records))
     assert result["AR"] == pytest.approx(2 / 6, abs=1e-4) and result["AR_text_strict"] == pytest.approx(2 / 6)
-    assert set(run.columns(made)) <= set(result)
+    assert set(made.columns) <= set(result)
 
 
 def test_expressions_by_hand(root, tmp_path):
@@ -138,7 +144,7 @@ def test_expressions_by_hand(root, tmp_path):
             dog = labels_of(i) == 1
             mask = dog if i == 1 else (dog & (np.arange(60) < 10) if k else np.zeros(SIZE, bool))
             records.append({"image_id": f"{100 * i + k}", "items": [{"pred": code(mask)}]})
-    result = run.score(config(root, "referring"), write(tmp_path, records))["metrics"]
+    result = score(config(root, "referring"), write(tmp_path, records))
     expected = {"cIoU": 1000 / 1600, "gIoU": 2.5 / 4, "mIoU": 2.5 / 4, "P@0.5": 0.5}
     assert {name: result[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
@@ -147,7 +153,7 @@ def test_ignored_pixels_do_not_count(root, tmp_path):
     mask = np.zeros(SIZE, bool)
     mask[:, :30] = True
     files = write(tmp_path, [{"image_id": "r_0", "items": [{"pred": code(mask)}]}])
-    result = run.score(config(root, "reasoning"), files)["metrics"]
+    result = score(config(root, "reasoning"), files)
     assert result["gIoU"] == pytest.approx(1) and result["total_union"] == 20 * 40
 
 
@@ -159,15 +165,15 @@ def test_what_is_refused(root, tmp_path):
          "reader 'png' gives captions"),
     ):  # fmt: skip
         with pytest.raises(EvaluationError, match=re.escape(message)):
-            text_sets.open_text_set(made)
+            made.truth()
     with pytest.raises(EvaluationError, match="input_masks is 'gt'; choose ground_truth, segmenter, or"):
-        grounding_predictions.InputMasks(config(root, "narrative", input_masks="gt"))
+        config(root, "narrative", input_masks="gt").input_entities()
     with pytest.raises(EvaluationError, match="annotates only what is asked for; ground text in masks of everything"):
-        grounding_predictions.InputMasks(config(root, "reasoning", input_masks="ground_truth")).check(False)
+        config(root, "reasoning", input_masks="ground_truth").input_entities().check(False, "file")
     with pytest.raises(EvaluationError, match=re.escape("needs --config.reader=NAME and --config.captions=FILE")):
-        EvalConfig(task="narrative")
+        NarrativeTask()
     with pytest.raises(EvaluationError, match="phrases is 'free'; choose one of forced, generated"):
-        EvalConfig(annotations="x", phrases="free")
+        config(root, "narrative", phrases="free")
 
 
 # With a model.
@@ -183,14 +189,14 @@ def tiny_file(tiny_gella, tmp_path_factory):
 @pytest.fixture
 def evaluate(monkeypatch, grounder, tiny_file, tmp_path):
     """`evaluate(config)` -> predictions and scores; the model is compiled already."""
-    monkeypatch.setattr(grounding_predictions, "load_grounder", lambda *_, **__: grounder)
+    monkeypatch.setattr(grounder_task, "load_grounder", lambda *_, **__: grounder)
 
     def call(made):
-        files = script.predict(made, tiny_file, tmp_path, "float32")
-        scores = script.score(made, files, tmp_path)["metrics"]
-        assert {name: scores[name] for name in run.columns(made)}
+        files = evaluation.predict(made, tiny_file, tmp_path, "float32")
+        scores = evaluation.score(made, files, tmp_path)["metrics"]
+        assert {name: scores[name] for name in made.columns}
         assert Image.open(tmp_path / "grid.png").size[0] > 100
-        assert json.loads((tmp_path / "results.json").read_text())["config"]["task"] == made.task
+        assert json.loads((tmp_path / "results.json").read_text())["config"]["type"] == type(made).__name__
         return json.loads(files[0].read_text()), scores
 
     return call
@@ -202,8 +208,8 @@ def test_narratives(evaluate, root, grounder):
     made = config(root, "narrative")
     records, scores = evaluate(made)
     assert [record["image_id"] for record in records] == ["1_7", "2_7"] and scores["num_phrases"] == 6
-    texts, masks = text_sets.open_text_set(made), grounding_predictions.InputMasks(made)
-    scenes = grounding_predictions.look(grounder, masks, [image.record for image in texts.images])
+    images = made.truth().content.images
+    scenes = made.input_entities().scenes(grounder, [image.record for image in images])
     plural = [False, False, True]  # by the annotators' flag
     results = grounder.ground(scenes, [CAPTION] * 2, [["red dog", "cats", "grass"]] * 2, [plural] * 2)
     for record, result, scene in zip(records, results, scenes, strict=True):
@@ -246,6 +252,6 @@ def test_categories(evaluate, root, tmp_path):
 
 @pytest.mark.slow
 def test_a_task_that_is_not_gellas(root, tiny_file, tmp_path):
-    made = EvalConfig(annotations=f"{root}/instances.json", images=str(root))
+    made = EntityTask(annotations=f"{root}/instances.json", images=str(root))
     with pytest.raises(EvaluationError, match="holds a GELLA, which does no task 'entity'"):
-        script.predict(made, tiny_file, tmp_path, "float32")
+        evaluation.predict(made, tiny_file, tmp_path, "float32")

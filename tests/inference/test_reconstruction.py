@@ -8,6 +8,7 @@ from flax import nnx
 
 from esg_jax.inference.reconstruction import Reconstructor
 from esg_jax.input.records import Entities
+from esg_jax.masks import MaskSet
 from esg_jax.models.gella import Gella
 from esg_jax.ops.padding import PAD_POSITIONS
 
@@ -24,7 +25,7 @@ def entities():
     labels = np.zeros((HEIGHT, WIDTH), np.int32)
     labels[10:50, 20:70] = 1
     labels[60:88, 80:128] = 2
-    return Entities([labels], np.zeros(2, np.int32), np.zeros(2, bool), (1, 2))
+    return Entities.unlabelled(MaskSet([labels], (1, 2)))
 
 
 def test_all_queries_at_the_resolution_of_the_image(reconstruct, entities, tiny_gella_config):
