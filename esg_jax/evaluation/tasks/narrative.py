@@ -10,10 +10,8 @@ from esg_jax.evaluation.formats.phrases import records_by_image
 from esg_jax.evaluation.metrics.grounding import text_recall
 from esg_jax.evaluation.metrics.grounding.phrase_grounding import PhraseGrounding
 from esg_jax.evaluation.tasks.task import Truth
-from esg_jax.evaluation.tasks.text_task import Asked, TextTask, blank, linked_phrases, size_of
+from esg_jax.evaluation.tasks.text_task import TextTask, blank, linked_phrases
 from esg_jax.evaluation.workers import accumulate
-from esg_jax.inference.grounding import Grounder
-from esg_jax.inference.grounding_writers import phrase_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +22,7 @@ class NarrativeTask(TextTask):
     """
 
     name: ClassVar[str] = "narrative"
+    kinds: ClassVar[tuple[str, ...]] = ("caption",)
     records: ClassVar[str] = "phrases"
 
     soft: bool = False
@@ -33,31 +32,22 @@ class NarrativeTask(TextTask):
         more = ("AR_text_strict", "AR_text_loose") if self.phrases == "generated" else ()
         return ("AR", "AR_Th", "AR_St", "AR_Sing", "AR_Pl", "acc@0.5", *more)
 
-    def answer(self, grounder: Grounder, kind: str, asked: Asked) -> list[dict[str, Any]]:
-        seen = [(narrative, scene) for _, narrative, scene in asked if scene is not None]
-        forced = self.phrases == "forced"
-        wanted = [linked_phrases(narrative) for narrative, _ in seen]
-        results = iter(
-            grounder.ground(
-                [scene for _, scene in seen],
-                [narrative.caption for narrative, _ in seen],
-                [[phrase.text for phrase in phrases] for phrases in wanted] if forced else None,
-                [[phrase.plural for phrase in phrases] for phrases in wanted] if forced else None,
-            )
-        )
-        records = []
-        for uid, narrative, scene in asked:
-            if scene is None:
-                count = len(linked_phrases(narrative)) if forced else 0
-                records.append({"image_id": uid, "phrases": [{"pred": blank(size_of(narrative))}] * count})
-                continue
-            result = next(results)
-            record = phrase_record(uid, result)
-            if not forced:  # only what was found counts as named
-                named = zip(record["phrases"], result.phrases, strict=True)
-                record["phrases"] = [{**entry, "text": phrase.text} for entry, phrase in named if phrase.found]
-            records.append(record)
-        return records
+    def answer(self, grounder, kind, narratives, scenes):
+        captions = [narrative.caption for narrative in narratives]
+        if self.phrases == "generated":  # only what was found counts as named
+            results = grounder.ground(scenes, captions)
+            return [
+                [{"pred": result.scene.rle(p.entities), "text": p.text} for p in result.phrases if p.found]
+                for result in results
+            ]
+        wanted = [linked_phrases(narrative) for narrative in narratives]
+        given = ([[getattr(phrase, name) for phrase in phrases] for phrases in wanted] for name in ("text", "plural"))
+        results = grounder.ground(scenes, captions, *given)
+        return [[{"pred": result.scene.rle(p.entities)} for p in result.phrases] for result in results]
+
+    def unanswered(self, narrative):
+        count = len(linked_phrases(narrative)) if self.phrases == "forced" else 0
+        return [blank((narrative.record.height, narrative.record.width))] * count
 
     def aligned(self, targets, answers):
         """The listed phrase that names each annotated one; those that were not listed get an empty mask."""
@@ -68,7 +58,7 @@ class NarrativeTask(TextTask):
             listed = answers[uid]
             found = text_recall.align([phrase["text"] for phrase in listed], [phrase["text"] for phrase in wanted])
             out[uid] = [
-                {"pred": blank(target["gt"]["size"]) if index is None else listed[index]["pred"]}
+                blank(target["gt"]["size"]) if index is None else {"pred": listed[index]["pred"]}
                 for target, index in zip(wanted, found, strict=True)
             ]
         return out

@@ -16,7 +16,7 @@ from esg_jax.inference.grounding import Grounder
 from esg_jax.inference.grounding_types import Scene
 from esg_jax.input.grounding_readers import open_narratives
 from esg_jax.input.image_io import load_image
-from esg_jax.input.narratives import GroundingSourceConfig, Narrative, Phrase
+from esg_jax.input.narratives import GroundingSourceConfig, Narrative, Narratives, Phrase
 from esg_jax.input.records import Record
 from esg_jax.masks import rle
 from esg_jax.viz import GridRow
@@ -32,21 +32,10 @@ class TextImage:
 
 @dataclasses.dataclass(frozen=True)
 class TextSet:
-    """All images of an evaluation.
-
-    Attributes:
-        kind: "caption", "expression" or "question".
-        complete: the annotated masks are all entities of an image.
-        is_thing: whether a label is countable; empty when the annotations do not say.
-    """
+    """All images of an evaluation, and where their texts come from."""
 
     images: list[TextImage]
-    kind: str
-    complete: bool
-    is_thing: tuple[bool, ...]
-
-
-Asked = list[tuple[str, Narrative, Scene | None]]
+    source: Narratives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +48,7 @@ class TextTask(GrounderTask):
     plural_by: phrases count as plural when they have several "segments" (as first published) or by their "flag".
     """
 
+    kinds: ClassVar[tuple[str, ...]]  # of text: "caption", "expression", "question"
     records: ClassVar[str]  # what a record of a file of answers holds a list of
 
     masks: str = ""
@@ -80,8 +70,14 @@ class TextTask(GrounderTask):
     def file(self) -> str:
         return self.captions
 
-    def answer(self, grounder: Grounder, kind: str, asked: Asked) -> list[dict[str, Any]]:
-        """A record per text: id, text, and the scene, None for an image without entities."""
+    def answer(
+        self, grounder: Grounder, kind: str, narratives: Sequence[Narrative], scenes: Sequence[Scene]
+    ) -> list[list[dict[str, Any]]]:
+        """What the model says to every text: entries with `pred` (RLE)."""
+        raise NotImplementedError
+
+    def unanswered(self, narrative: Narrative) -> list[dict[str, Any]]:
+        """The entries of a text in whose image there is no entity."""
         raise NotImplementedError
 
     def truth(self) -> Truth:
@@ -92,10 +88,10 @@ class TextTask(GrounderTask):
         """
         fields = ("reader", "captions", "annotations", "images", "masks", "split")
         narratives = open_narratives(GroundingSourceConfig(**{name: getattr(self, name) for name in fields}))
-        if (narratives.kind == "caption") != (self.name == "narrative"):
+        if narratives.kind not in self.kinds:
+            allowed = " and ".join(f"{kind}s" for kind in self.kinds)
             raise EvaluationError(
-                f"reader {self.reader!r} gives {narratives.kind}s; task 'narrative' is for captions, 'referring' for "
-                "expressions and questions"
+                f"reader {self.reader!r} gives {narratives.kind}s; task {self.name!r} is for {allowed}"
             )
         groups: dict[int, list[int]] = {}
         for row in np.flatnonzero(narratives.num_linked > 0).tolist():
@@ -113,29 +109,36 @@ class TextTask(GrounderTask):
             images.append(TextImage(texts[0][1].record, tuple(texts)))
         if not images:
             raise EvaluationError(f"{self.captions} has no phrase that is linked to a mask")
-        texts = TextSet(images, narratives.kind, narratives.complete, narratives.is_thing)
-        return Truth([(number, image.record.image) for number, image in enumerate(images)], texts)
+        paths = [(number, image.record.image) for number, image in enumerate(images)]
+        return Truth(paths, TextSet(images, narratives))
 
     def predict(self, truth: Truth, images: Images, run: ModelRun) -> list[dict[str, Any]]:
         texts: TextSet = truth.content
         masks = self.input_entities(run.dtype)
-        masks.check(texts.complete, self.captions)
+        masks.check(texts.source.complete, self.captions)
         grounder, records = self.grounder(run), []
         for chunk in chunks([texts.images[index] for index, _ in images], self.batch_size):
             scenes = masks.scenes(grounder, [image.record for image in chunk])
             pairs = zip(chunk, scenes, strict=True)
             asked = [(uid, narrative, scene) for image, scene in pairs for uid, narrative in image.texts]
+            seen = [(narrative, scene) for _, narrative, scene in asked if scene is not None]
             try:
-                records += self.answer(grounder, texts.kind, asked)
+                found = iter(
+                    self.answer(grounder, texts.source.kind, *map(list, zip(*seen, strict=True))) if seen else []
+                )
             except ValueError as error:  # a text that the model cannot take
                 names = ", ".join(image.record.name for image in chunk)
                 raise EvaluationError(f"{self.captions}, texts of {names}: {error}") from error
+            for uid, narrative, scene in asked:
+                entries = self.unanswered(narrative) if scene is None else next(found)
+                records.append({"image_id": uid, self.records: entries})
             run.advance(len(chunk))
         return records
 
     def targets(self, texts: TextSet) -> dict[str, list[dict[str, Any]]]:
         """Per text, `gt` (RLE) of every scored phrase with `text`, `plural`, `isthing`, and perhaps `ignore` (RLE)."""
         out: dict[str, list[dict[str, Any]]] = {}
+        things = texts.source.is_thing
         for image in texts.images:
             entities, ignored = image.record.load_entities(), image.record.load_ignore()
             more = {} if ignored is None else {"ignore": _encode(ignored)}
@@ -144,7 +147,7 @@ class TextTask(GrounderTask):
                 for phrase in linked_phrases(narrative):
                     mask = entities.union(phrase.entities)
                     # As first published, the last segment of a phrase says whether it is a thing.
-                    thing = texts.is_thing[entities.labels[phrase.entities[-1]]] if texts.is_thing else True
+                    thing = things[entities.labels[phrase.entities[-1]]] if things else True
                     plural = len(phrase.entities) > 1 if self.plural_by == "segments" else phrase.plural
                     entry = {"gt": _encode(mask), "text": phrase.text, "plural": plural, "isthing": thing, **more}
                     out[uid].append(entry)
@@ -185,13 +188,8 @@ def linked_phrases(narrative: Narrative) -> list[Phrase]:
 
 
 def blank(size: Sequence[int]) -> dict[str, Any]:
-    """RLE of a mask that was not found."""
-    return rle.to_json(rle.empty(size))
-
-
-def size_of(narrative: Narrative) -> tuple[int, int]:
-    """(height, width) of the image that a text is about."""
-    return narrative.record.height, narrative.record.width
+    """The entry of a mask that was not found."""
+    return {"pred": rle.to_json(rle.empty(size))}
 
 
 def _encode(mask: np.ndarray) -> dict[str, Any]:
