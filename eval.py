@@ -33,8 +33,8 @@ from esg_jax.evaluation import run as evaluation
 from esg_jax.evaluation.config import EvalConfig
 from esg_jax.evaluation.driver import progress
 from esg_jax.evaluation.rle import EvaluationError
-from esg_jax.inference.predictor import Predictor
-from esg_jax.inference.reconstruction import Reconstructor
+from esg_jax.inference.entities.predictor import Predictor
+from esg_jax.inference.grounding.reconstruction import Reconstructor
 from esg_jax.input.image_io import load_image
 from esg_jax.input.readers import SourceConfig, open_source
 from esg_jax.models.gella import Gella

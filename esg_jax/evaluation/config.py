@@ -24,7 +24,7 @@ class EvalConfig:
     group_by: field of the image records; scores are also given per value of it.
     views: 5 (whole image and corner crops), 1, or 0: what the model was made for.
     min_size, max_size: shortest and longest edge of every view, or 0: as the checkpoint says, else 800 and 1333.
-    score_mode: see `esg_jax.inference.scores.ScoreMode`.
+    score_mode: see `esg_jax.inference.entities.scores.ScoreMode`.
     batch_size: images per call of the network.
     num_classes, ignore_label: of semantic label maps.
     reader, captions, split: of the text, see `input.narratives.GroundingSourceConfig`.
@@ -37,7 +37,7 @@ class EvalConfig:
     nouns: who lists them: "model", "rule", or empty: as the weights say.
     plural_by: phrases count as plural when they have several "segments" (as first published) or by their "flag".
     soft: the 2021 protocol of PNG AR.
-    rules: fields of `inference.grounding_rules.GroundingConfig` as "NAME=VALUE".
+    rules: fields of `inference.grounding.decisions.GroundingConfig` as "NAME=VALUE".
     tokenizer, prompts, conversation: where the weights do not say.
     max_images: only the first so many images, for a quick look; 0 = all.
     grid_images: images in the picture grid.

@@ -12,12 +12,12 @@ from esg_jax.evaluation import formats
 from esg_jax.evaluation.config import TEXT_TASKS, EvalConfig
 from esg_jax.evaluation.rle import EvaluationError
 from esg_jax.evaluation.text_sets import TextImage, blank, linked_phrases, open_text_set
-from esg_jax.inference import grounding_writers
-from esg_jax.inference.grounding import Grounder
-from esg_jax.inference.grounding_types import Scene
-from esg_jax.inference.load_grounder import load_grounder, read_rules
+from esg_jax.inference.entities.predictor import Predictor
+from esg_jax.inference.grounding import grounding_files
+from esg_jax.inference.grounding.grounder import Grounder
+from esg_jax.inference.grounding.load_grounder import load_grounder, read_rules
+from esg_jax.inference.grounding.results import Scene
 from esg_jax.inference.masks_in import EntityMasks, NoMasksError, disjoint_masks
-from esg_jax.inference.predictor import Predictor
 from esg_jax.input.mask_files import MaskSet, mask_file_of, read_masks
 from esg_jax.input.readers import SourceConfig, open_source
 from esg_jax.input.records import Record
@@ -172,7 +172,7 @@ def _narratives(config: EvalConfig, grounder: Grounder, kind: str, images: Looke
             records.append({"image_id": uid, "phrases": [{"pred": blank(size)}] * count})
             continue
         result = next(results)
-        record = grounding_writers.phrase_record(uid, result)
+        record = grounding_files.phrase_record(uid, result)
         if not forced:  # only what was found counts as named
             named = zip(record["phrases"], result.phrases, strict=True)
             record["phrases"] = [{**entry, "text": phrase.text} for entry, phrase in named if phrase.found]
@@ -194,7 +194,7 @@ def _references(config: EvalConfig, grounder: Grounder, kind: str, images: Looke
             size = (narrative.record.height, narrative.record.width)
             records.append({"image_id": uid, "items": [{"pred": blank(size)}]})
         else:
-            records.append(grounding_writers.referring_record(uid, [next(results)]))
+            records.append(grounding_files.referring_record(uid, [next(results)]))
     return records
 
 
@@ -212,7 +212,7 @@ def _panoptic(config: EvalConfig, grounder: Grounder, out: Path) -> Callable:
         for record, scene in images:
             stem = Path(record.name).stem
             if scene is not None:
-                records.append(grounding_writers.panoptic_record(folder, record.image_id, stem, next(results), ids))
+                records.append(grounding_files.panoptic_record(folder, record.image_id, stem, next(results), ids))
                 continue
             Image.new("RGB", (record.width, record.height)).save(folder / f"{stem}.png")
             records.append({"image_id": record.image_id, "file_name": f"{stem}.png", "segments_info": []})
@@ -232,7 +232,7 @@ def _instances(config: EvalConfig, grounder: Grounder, out: Path) -> Callable:
         return [
             entry
             for (record, _), result in pairs
-            for entry in grounding_writers.instance_records(record.image_id, result, ids)
+            for entry in grounding_files.instance_records(record.image_id, result, ids)
         ]
 
     return write

@@ -124,7 +124,7 @@ def _make_predictor(args: argparse.Namespace):
     import jax
     import jax.numpy as jnp
 
-    from esg_jax.inference.predictor import Predictor
+    from esg_jax.inference.entities.predictor import Predictor
 
     return Predictor.from_checkpoint(
         args.checkpoint,
@@ -167,7 +167,7 @@ class _Job:
     """Runs the images through the predictor and writes their files."""
 
     def __init__(self, args: argparse.Namespace, images: list[Path], image_ids: list[int]):
-        from esg_jax.inference.writers import CocoFile
+        from esg_jax.inference.entities.entity_files import CocoFile
 
         self.args, self.images, self.image_ids = args, images, image_ids
         self.stems = unique_stems(images)
@@ -209,18 +209,18 @@ class _Job:
         self.entities += len(kept)
 
     def _write(self, index: int, prediction):
-        from esg_jax.inference import writers
+        from esg_jax.inference.entities import entity_files
         from esg_jax.input.image_io import load_image
 
         self.best_score = max(self.best_score, float(prediction.scores.max(initial=0)))
         kept = prediction.above(self.args.threshold)
         base = self.args.out / self.stems[index]
         if "overlay" in self.args.formats:
-            writers.write_overlay(f"{base}_overlay.png", load_image(self.images[index]), kept)
+            entity_files.write_overlay(f"{base}_overlay.png", load_image(self.images[index]), kept)
         if "labels" in self.args.formats:
-            writers.write_label_map(f"{base}_labels.png", kept)
+            entity_files.write_label_map(f"{base}_labels.png", kept)
         if "npz" in self.args.formats:
-            writers.write_arrays(f"{base}.npz", kept)
+            entity_files.write_arrays(f"{base}.npz", kept)
         return kept
 
     def close(self) -> None:

@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
 def open_grounder(args: argparse.Namespace):
     """The model with its tokenizer and wording; what the command line leaves open is looked up in the weights."""
-    from esg_jax.inference.load_grounder import load_grounder, read_rules
+    from esg_jax.inference.grounding.load_grounder import load_grounder, read_rules
 
     names = ("tokenizer", "conversation", "prompts", "nouns", "precision", "batch_size", "max_new_tokens")
     options = {name: getattr(args, name) for name in names}
@@ -181,7 +181,7 @@ class _Masks:
         """Loads the segmenter, when there are no files."""
         self.max_entities = max_entities
         if not self.files:
-            from esg_jax.inference.predictor import Predictor
+            from esg_jax.inference.entities.predictor import Predictor
 
             self.predictor = Predictor.from_checkpoint(self.args.segmenter)
 
@@ -237,7 +237,7 @@ class _Job:
         return True
 
     def _ground(self, grounder, batch: list[tuple[Path, Any, Any]]) -> None:
-        from esg_jax.inference import grounding_writers
+        from esg_jax.inference.grounding import grounding_files
 
         images, pixels, masks = zip(*batch, strict=True)
         try:
@@ -247,7 +247,7 @@ class _Job:
             return
         for image, shown, result in zip(images, pixels, results, strict=True):
             if not self.args.no_pictures:
-                grounding_writers.write_picture(self.args.out / f"{self.stems[image]}_grounding.png", shown, result)
+                grounding_files.write_picture(self.args.out / f"{self.stems[image]}_grounding.png", shown, result)
             self.results.append((image, result))
 
     def _task(self, grounder, scenes) -> list[Any]:
@@ -289,7 +289,7 @@ class _Job:
 
 def _summary(result: Any) -> str:
     """One line for the terminal."""
-    from esg_jax.inference.grounding_types import CategoryResult
+    from esg_jax.inference.grounding.results import CategoryResult
 
     ids = result.scene.masks.ids
     if isinstance(result, CategoryResult):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from esg_jax.inference.types import EntityPrediction, label_map_rles
+from esg_jax.inference.entities.predictions import EntityPrediction, label_map_rles
 from esg_jax.input.mask_files import MaskSet
 
 OVERLAPS = ("score", "area", "logit")

@@ -16,7 +16,7 @@ from PIL import Image
 from esg_jax.evaluation import BestOverlap, EntityAP, rle
 from esg_jax.evaluation.config import EvalConfig
 from esg_jax.evaluation.run import score
-from esg_jax.inference.predictor import Predictor
+from esg_jax.inference.entities.predictor import Predictor
 from esg_jax.models.backbones.swin import SwinConfig
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
 from esg_jax.models.mask_decoder import MaskDecoderConfig

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from esg_jax.inference.grounding import Grounder
-from esg_jax.inference.grounding_rules import GroundingConfig
+from esg_jax.inference.grounding.decisions import GroundingConfig
+from esg_jax.inference.grounding.grounder import Grounder
 from esg_jax.inference.masks_in import disjoint_masks
 from esg_jax.input.mask_files import read_masks
 from esg_jax.models.backbones.swin import SwinConfig

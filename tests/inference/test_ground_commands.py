@@ -11,7 +11,8 @@ from pycocotools import mask as coco_mask
 
 from esg_jax.cli import main
 from esg_jax.evaluation.tasks_grounding import phrase_grounding, referring_segmentation
-from esg_jax.inference import ground_commands, grounding_writers
+from esg_jax.inference import ground_commands
+from esg_jax.inference.grounding import grounding_files
 from esg_jax.weights import save_weights
 
 
@@ -178,24 +179,24 @@ def test_official_formats(grounder, pictures, tmp_path):
     scenes = grounder.look(*pictures)
     result = grounder.ground(scenes[:1], ["a dog and cats"], [["dog", "cats"]], [[False, True]])[0]
     truth = [{"gt": scenes[0].rle(phrase.entities), "plural": False, "isthing": True} for phrase in result.phrases]
-    record = grounding_writers.phrase_record("7_1", result, truth)
+    record = grounding_files.phrase_record("7_1", result, truth)
     (tmp_path / "png.json").write_text(json.dumps([record]))
     assert phrase_grounding(tmp_path / "png.json", tmp_path / "png.json").result()["AR"] == pytest.approx(1, abs=1e-4)
     results = grounder.refer(scenes[:1] * 2, ["dog", "cat"])
     truth = [{"gt": scenes[0].rle(r.phrases[0].entities)} for r in results]
-    (tmp_path / "res.json").write_text(json.dumps([grounding_writers.referring_record(7, results, truth)]))
+    (tmp_path / "res.json").write_text(json.dumps([grounding_files.referring_record(7, results, truth)]))
     scores = referring_segmentation(tmp_path / "res.json", tmp_path / "res.json").result()
     assert max(value for value in scores.values() if isinstance(value, float)) == pytest.approx(1)
     with pytest.raises(ValueError, match="2 predictions for 1 annotated ones"):
-        grounding_writers.phrase_record("7_1", result, truth[:1])
+        grounding_files.phrase_record("7_1", result, truth[:1])
     panoptic = grounder.panoptic(scenes[:1], ["dog", "sky"], [True, False])[0]
-    entry = grounding_writers.panoptic_record(tmp_path, 7, "seven", panoptic, [18, 187])
+    entry = grounding_files.panoptic_record(tmp_path, 7, "seven", panoptic, [18, 187])
     ids = np.asarray(Image.open(tmp_path / "seven.png")).astype(int) @ [1, 256, 65536]
     assert set(np.unique(ids)) - {0} == {segment["id"] for segment in entry["segments_info"]}
     instances = grounder.instances(scenes[:1], ["dog", "sky"])[0]
-    records = grounding_writers.instance_records(7, instances, [18, 187])
+    records = grounding_files.instance_records(7, instances, [18, 187])
     assert records and all(record["category_id"] in (18, 187) for record in records)
-    assert grounding_writers.text_record(result) == ["dog", "cats"]
+    assert grounding_files.text_record(result) == ["dog", "cats"]
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from esg_jax.inference.entities.predictions import EntityPrediction
 from esg_jax.inference.masks_in import EntityMasks, disjoint_masks
-from esg_jax.inference.types import EntityPrediction
 from esg_jax.input.mask_files import read_masks
 
 SIZE = (4, 6)

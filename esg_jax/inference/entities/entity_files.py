@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from esg_jax.inference.types import EntityPrediction
+from esg_jax.inference.entities.predictions import EntityPrediction
 from esg_jax.viz.overlay import overlay
 from esg_jax.viz.palette import assign_colors, palette
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from esg_jax.inference.reconstruction import Reconstructor
+from esg_jax.inference.grounding.reconstruction import Reconstructor
 from esg_jax.input.records import Entities
 from esg_jax.models.gella import Gella
 from esg_jax.ops.padding import PAD_POSITIONS

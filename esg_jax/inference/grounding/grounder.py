@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from esg_jax.inference import grounding_rules as rules
-from esg_jax.inference.decoding import DecodingConfig, generate
-from esg_jax.inference.grounding_rules import GroundingConfig
-from esg_jax.inference.grounding_types import CategoryResult, GroundedPhrase, GroundingResult, Scene
+from esg_jax.inference.grounding import decisions
+from esg_jax.inference.grounding.decisions import GroundingConfig
+from esg_jax.inference.grounding.decoding import DecodingConfig, generate
+from esg_jax.inference.grounding.results import CategoryResult, GroundedPhrase, GroundingResult, Scene
 from esg_jax.inference.masks_in import EntityMasks
 from esg_jax.input.square import square_image, square_labels
 from esg_jax.models.gella import Gella
@@ -154,7 +154,7 @@ class Grounder:
         for row, entities in enumerate(masks):
             count = len(entities)
             query = np.stack(
-                [rules.match_queries(iou[:, :count], self.config.match_iou) for iou in seen["iou"][:, row]]
+                [decisions.match_queries(iou[:, :count], self.config.match_iou) for iou in seen["iou"][:, row]]
             )
             entityness = np.where(query >= 0, np.take_along_axis(seen["entityness"][:, row], query.clip(0), 1), 0)
             probabilities = None
@@ -243,9 +243,9 @@ class Grounder:
             chosen = []
             for noun, values in enumerate(scores[row]):
                 if plural is not None:
-                    chosen.append(rules.entities_of_phrase(values, plural[row][noun], self.config))
+                    chosen.append(decisions.entities_of_phrase(values, plural[row][noun], self.config))
                 else:
-                    chosen.append(rules.entities_of_noun(values, self.config))
+                    chosen.append(decisions.entities_of_noun(values, self.config))
             task = "caption" if texts[row] is None else "text"
             found = _phrases(shown[row], listed[row], chosen, scores[row])
             out.append(GroundingResult(task, shown[row], found, scene, complete=complete[row]))
@@ -266,7 +266,7 @@ class Grounder:
         _, scores, complete = self._nouns(scenes, turns, phrases)
         out = []
         for row, (scene, expression) in enumerate(zip(scenes, expressions, strict=True)):
-            noun, chosen = rules.entities_of_expression(scores[row], self.config)
+            noun, chosen = decisions.entities_of_expression(scores[row], self.config)
             values = scores[row][noun or 0] if len(scores[row]) else np.zeros(len(scene.masks))
             found = _phrases(expression, [expression], [chosen], values[None])
             out.append(GroundingResult("refer", expression, found, scene, complete=complete[row]))
@@ -293,7 +293,7 @@ class Grounder:
         out = []
         for scene, question, (text, values, done) in zip(scenes, questions, answers, strict=True):
             best = values.max(axis=0) if len(values) else np.zeros(len(scene.masks), np.float32)
-            chosen = rules.entities_of_question(best, self.config)
+            chosen = decisions.entities_of_question(best, self.config)
             found = _phrases(text, [text or question], [chosen], best[None])
             out.append(GroundingResult("question", text, found, scene, prompt=question, complete=done))
         return out
@@ -318,7 +318,7 @@ class Grounder:
             CategoryResult(
                 tuple(names),
                 tuple(things.tolist()),
-                tuple(rules.panoptic_segments(scores, scene.entityness, things, self.config)),
+                tuple(decisions.panoptic_segments(scores, scene.entityness, things, self.config)),
                 scene,
                 "panoptic",
             )
@@ -335,7 +335,7 @@ class Grounder:
             CategoryResult(
                 tuple(names),
                 (True,) * len(names),
-                tuple(rules.instances(scores, scene.entityness, self.config)),
+                tuple(decisions.instances(scores, scene.entityness, self.config)),
                 scene,
                 "instances",
             )
@@ -344,8 +344,8 @@ class Grounder:
 
     def category_scores(self, scenes: Sequence[Scene], names: Sequence[str]) -> list[np.ndarray]:
         """S of all categories (k, n) for every scene; long lists are asked in parts, averaged over orders."""
-        cleaned = rules.distinct_names(names)
-        lists = rules.category_lists(len(names), self.config)
+        cleaned = decisions.distinct_names(names)
+        lists = decisions.category_lists(len(names), self.config)
         totals = [np.zeros((len(names), len(scene.masks)), np.float32) for scene in scenes]
         for chunk in (chunk for chunks in lists for chunk in chunks):
             asked = [cleaned[index] for index in chunk]
@@ -469,7 +469,7 @@ def _overlaps(logits_bqhw: jax.Array, label_map_bhw: jax.Array, inside_bhw: jax.
 
 def _average(logits_kvq: np.ndarray, scene: Scene) -> np.ndarray:
     """S (v, n), the mean over the colourings."""
-    return np.mean([rules.entity_scores(*pair) for pair in zip(logits_kvq, scene.query, strict=True)], axis=0)
+    return np.mean([decisions.entity_scores(*pair) for pair in zip(logits_kvq, scene.query, strict=True)], axis=0)
 
 
 def _phrases(text: str, listed: Sequence[str], chosen: Sequence[np.ndarray], scores: np.ndarray):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esg_jax.inference import class_aware
-from esg_jax.inference.canvas import make_canvas
+from esg_jax.inference.entities import class_aware
+from esg_jax.inference.entities.canvas import make_canvas
 from esg_jax.input.transforms import inference_view_list, round_up
 from esg_jax.ops.resize import resize_bilinear
 

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from esg_jax.losses.gella import GellaLossConfig
 from esg_jax.models.gella import Gella
 from esg_jax.models.llama import LlamaConfig
+from esg_jax.sharding import LargestDim, make_mesh, partition_specs, put_batch, tree_shardings
 from esg_jax.train.optim import OptimConfig
-from esg_jax.train.sharding import LargestDim, make_mesh, partition_specs, put_batch, tree_shardings
 from esg_jax.train.state import ModelDef
 from esg_jax.train.step import TrainStep
 from esg_jax.train.tasks import GroundingTask

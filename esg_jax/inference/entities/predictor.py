@@ -15,11 +15,11 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import UInt8
 
 import esg_jax
-from esg_jax.inference import class_aware
-from esg_jax.inference.canvas import Canvas, make_canvas, power_of_two
-from esg_jax.inference.painting import paint
-from esg_jax.inference.scores import ScoreMode
-from esg_jax.inference.types import EntityPrediction, InstancePrediction, PanopticPrediction
+from esg_jax.inference.entities import class_aware
+from esg_jax.inference.entities.canvas import Canvas, make_canvas, power_of_two
+from esg_jax.inference.entities.painting import paint
+from esg_jax.inference.entities.predictions import EntityPrediction, InstancePrediction, PanopticPrediction
+from esg_jax.inference.entities.scores import ScoreMode
 from esg_jax.input.image_io import ImageError, load_image
 from esg_jax.input.mappers import bucket_index
 from esg_jax.input.transforms import inference_view_list, inference_views, round_up

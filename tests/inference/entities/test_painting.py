@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esg_jax.inference.canvas import make_canvas
-from esg_jax.inference.fusion import fused_probability, view_probability
-from esg_jax.inference.painting import paint
-from esg_jax.inference.scores import ScoreMode
+from esg_jax.inference.entities.canvas import make_canvas
+from esg_jax.inference.entities.fusion import fused_probability, view_probability
+from esg_jax.inference.entities.painting import paint
+from esg_jax.inference.entities.scores import ScoreMode
 from esg_jax.input.transforms import inference_view_list, round_up
 
 

@@ -10,11 +10,11 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from esg_jax.inference.decoding import DecodingConfig, generate, sample_top_p
+from esg_jax.inference.grounding.decoding import DecodingConfig, generate, sample_top_p
 from esg_jax.interop.convert import load_into
 from esg_jax.models.llama import Llama, LlamaConfig
 from esg_jax.ops.segment_tokens import find_tokens, token_states
-from esg_jax.train.sharding import make_mesh, partition_specs, put_batch
+from esg_jax.sharding import make_mesh, partition_specs, put_batch
 from esg_jax.weights import named_arrays
 
 LENGTHS = np.array([3, 7, 1, 5])

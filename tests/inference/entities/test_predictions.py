@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from esg_jax.inference.types import EntityPrediction, label_map_rles
+from esg_jax.inference.entities.predictions import EntityPrediction, label_map_rles
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from esg_jax.inference.grounding_rules import ClassSegment
+from esg_jax.inference.grounding.decisions import ClassSegment
 from esg_jax.inference.masks_in import EntityMasks
 
 

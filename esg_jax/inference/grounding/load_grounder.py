@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import esg_jax
 from esg_jax import weights
 from esg_jax.config import from_dict
-from esg_jax.inference.grounding import Grounder
-from esg_jax.inference.grounding_rules import GroundingConfig
+from esg_jax.inference.grounding.decisions import GroundingConfig
+from esg_jax.inference.grounding.grounder import Grounder
 from esg_jax.interop.gguf import packaged_smollm2
 from esg_jax.models.gella import Gella
 from esg_jax.text.prompts import Prompts

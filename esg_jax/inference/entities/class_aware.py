@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from pycocotools import mask as coco_mask
 
-from esg_jax.inference.canvas import Canvas
-from esg_jax.inference.types import InstancePrediction, PanopticPrediction, Segment
+from esg_jax.inference.entities.canvas import Canvas
+from esg_jax.inference.entities.predictions import InstancePrediction, PanopticPrediction, Segment
 from esg_jax.ops.resize import resize_bilinear
 
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from esg_jax.inference.grounding import Grounder, _overlaps
-from esg_jax.inference.grounding_rules import GroundingConfig, entity_scores
+from esg_jax.inference.grounding.decisions import GroundingConfig, entity_scores
+from esg_jax.inference.grounding.grounder import Grounder, _overlaps
+from esg_jax.inference.grounding.reconstruction import Reconstructor
 from esg_jax.inference.masks_in import disjoint_masks
-from esg_jax.inference.reconstruction import Reconstructor
 from esg_jax.input.mask_files import read_masks
 from esg_jax.models.entity_variants import EntityBlocksConfig, RoiAlignConfig
 from esg_jax.models.gella import Gella

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from esg_jax.inference.grounding_rules import (
+from esg_jax.inference.grounding.decisions import (
     ClassSegment,
     GroundingConfig,
     category_lists,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from esg_jax.inference.grounding_types import CategoryResult, GroundingResult
+from esg_jax.inference.grounding.results import CategoryResult, GroundingResult
 from esg_jax.viz.overlay import overlay
 from esg_jax.viz.phrases import phrase_picture
 

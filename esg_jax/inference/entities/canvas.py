@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from esg_jax.inference.geometry import AxisTable, axis_table, tile_starts
+from esg_jax.inference.entities.geometry import AxisTable, axis_table, tile_starts
 
 TILE = 128
 _SMALLEST_PATCH = 16

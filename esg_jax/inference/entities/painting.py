@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from esg_jax.inference.canvas import TILE, Canvas
-from esg_jax.inference.scores import ScoreMode, entity_scores, pixel_quality
-from esg_jax.inference.types import BACKGROUND, EntityPrediction
+from esg_jax.inference.entities.canvas import TILE, Canvas
+from esg_jax.inference.entities.predictions import BACKGROUND, EntityPrediction
+from esg_jax.inference.entities.scores import ScoreMode, entity_scores, pixel_quality
 
 
 @jax.tree_util.register_dataclass
