@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-DATA, FSDP, MODEL = "data", "fsdp", "model"
+AXES = DATA, FSDP, MODEL = "data", "fsdp", "model"
 BATCH_AXES = (DATA, FSDP)  # every image lives on one (data, fsdp) coordinate; `model` splits weights only
 BATCH_SPEC = P(BATCH_AXES)
 
@@ -75,7 +75,20 @@ def make_mesh(data: int = 1, fsdp: int = -1, model: int = 1, *, devices: Sequenc
         )
     # Auto, because the default of jax 0.10 (Explicit) refuses tensor-parallel matmuls without annotations.
     axis_types = (AxisType.Auto,) * 3
-    return jax.make_mesh(tuple(sizes), (DATA, FSDP, MODEL), devices=devices, axis_types=axis_types)
+    return jax.make_mesh(tuple(sizes), AXES, devices=devices, axis_types=axis_types)
+
+
+def parse_mesh(text: str) -> Mesh:
+    """The mesh of all devices that "DATA,FSDP,MODEL" describes, such as "1,4,1".
+
+    Raises:
+        ValueError: not three numbers, or sizes that do not fit the devices.
+    """
+    try:
+        data, fsdp, model = map(int, text.split(","))
+    except ValueError as error:
+        raise ValueError(f"mesh {text!r}: expected three numbers DATA,FSDP,MODEL such as 1,4,1") from error
+    return make_mesh(data, fsdp, model)
 
 
 def pin_batch(x: jax.Array) -> jax.Array:
@@ -85,6 +98,17 @@ def pin_batch(x: jax.Array) -> jax.Array:
     the whole batch with a part of each product, to be summed.
     """
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, BATCH_SPEC)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where every parameter lies: `layout(name, shape)`, errors as in `partition_specs`."""
+
+    mesh: Mesh
+    rules: Rules = DEFAULT_RULES
+
+    def __call__(self, name: str, shape: Sequence[int]) -> NamedSharding:
+        return NamedSharding(self.mesh, _place(name, tuple(shape), self.rules, self.mesh))
 
 
 def partition_specs(shapes: Mapping[str, Any], rules: Rules, mesh: Mesh) -> dict[str, P]:
