@@ -26,18 +26,19 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-import esg_jax
 from esg_jax.config import from_dict, to_dict
 from esg_jax.evaluation import formats, grounding_predictions, report, rle
 from esg_jax.evaluation import run as evaluation
 from esg_jax.evaluation.config import EvalConfig
 from esg_jax.evaluation.driver import progress
 from esg_jax.evaluation.rle import EvaluationError
+from esg_jax.inference.bundle import Bundle, open_bundle
 from esg_jax.inference.entities.predictor import Predictor
 from esg_jax.inference.grounding.reconstruction import Reconstructor
 from esg_jax.input.image_io import load_image
 from esg_jax.input.readers import SourceConfig, open_source
 from esg_jax.models.gella import Gella
+from esg_jax.sharding import make_mesh, parse_mesh
 from esg_jax.viz import GridRow, prediction_grid
 
 FLAGS = flags.FLAGS
@@ -53,6 +54,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("views", None, ["1", "5"], "Whole image (1), or also its four corner crops (5).")
     flags.DEFINE_integer("workers", 1, "Processes that score.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of the network.")
+    flags.DEFINE_string("mesh", None, "DATA,FSDP,MODEL devices: images over the first two, weights over the last.")
     flags.DEFINE_bool("multihost", False, "Connect to the other hosts first; --out must be a shared folder.")
     flags.mark_flag_as_required("config")
 
@@ -77,7 +79,8 @@ def run(config: EvalConfig) -> None:
             jax.distributed.initialize()
         if FLAGS.views:
             config = dataclasses.replace(config, views=int(FLAGS.views))
-        files = predict(config, checkpoint(), out, FLAGS.dtype)
+        mesh = parse_mesh(FLAGS.mesh) if FLAGS.mesh else make_mesh(-1, 1, 1) if FLAGS.multihost else None
+        files = predict(config, open_bundle(checkpoint(), dtype=FLAGS.dtype, mesh=mesh), out)
         if jax.process_index():
             return
     scores = score(config, files, out, workers=FLAGS.workers)
@@ -95,22 +98,28 @@ def checkpoint() -> Path:
         raise EvaluationError("give --checkpoint FILE, --workdir FOLDER, or --predictions FILES to score again")
     path = Path(FLAGS.workdir) / "model.safetensors"
     if not path.is_file():
-        raise EvaluationError(f"{path} does not exist yet; train.py writes it whenever it evaluates or stops")
+        raise EvaluationError(f"{path} does not exist yet; train.py writes it when it stops")
     return path
 
 
-def predict(config: EvalConfig, weights: Path, out: Path, dtype: str = "float32") -> list[Path]:
-    """Predictions of this process's share of the images, and the files that all processes write."""
+def predict(config: EvalConfig, bundle: Bundle, out: Path) -> list[Path]:
+    """Predictions as files, one per process; all processes must call it, and share the work.
+
+    Args:
+        config: the evaluation.
+        bundle: weights of a file, or of a training state where they are.
+        out: folder.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    images = evaluation.images_of(config)[jax.process_index() :: jax.process_count()]
+    images = evaluation.images_of(config)
     files = [out / f"predictions{f'.{i}' if i else ''}.json" for i in range(jax.process_count())]
     if config.task == "reconstruction":
-        label, records = "reconstruction", partial(write_reconstructions, config, weights)
-    elif grounding_predictions.needs_grounder(config, weights):
+        label, records = "reconstruction", partial(write_reconstructions, config, bundle)
+    elif grounding_predictions.needs_grounder(config, bundle):
         label = f"grounding, {config.task}"
-        records = partial(grounding_predictions.predict, config, weights, images, out, dtype)
+        records = partial(grounding_predictions.predict, config, bundle, images, out)
     else:
-        label, records = segmentation(config, weights, images, out, dtype)
+        label, records = segmentation(config, bundle, images, out)
     with progress(label, len(images)) as advance:
         files[jax.process_index()].write_text(json.dumps(records(advance)))
     if jax.process_count() > 1:
@@ -118,6 +127,11 @@ def predict(config: EvalConfig, weights: Path, out: Path, dtype: str = "float32"
 
         multihost_utils.sync_global_devices("predictions written")
     return files
+
+
+def is_own(index: int) -> bool:
+    """Whether this process writes what is predicted of image `index`."""
+    return index % jax.process_count() == jax.process_index()
 
 
 def score(config: EvalConfig, files: Sequence[Path], out: Path, *, workers: int = 1) -> dict[str, Any]:
@@ -133,61 +147,66 @@ def score(config: EvalConfig, files: Sequence[Path], out: Path, *, workers: int 
     return scores
 
 
-def segmentation(config: EvalConfig, weights: Path, images, out: Path, dtype: str):
+def segmentation(config: EvalConfig, bundle: Bundle, images, out: Path):
     """What the progress bar says, and the function that predicts all images."""
-    predictor = Predictor.from_checkpoint(
-        weights,
-        dtype=dtype,
+    predictor = Predictor.from_bundle(
+        bundle,
         views=(config.views or None) if config.task == "entity" else 1,
         min_size=config.min_size or None,
         max_size=config.max_size or None,
         score_mode=config.score_mode,
-        devices=jax.local_devices()[:1],
     )
     write = {"entity": write_entities, "instance": write_instances, "panoptic": write_panoptic, "semantic": write_maps}
     label = f"{config.task}, {predictor.views} view{'s' if predictor.views > 1 else ''}"
     return label, partial(write[config.task], config, predictor, images, out)
 
 
-def write_reconstructions(config: EvalConfig, weights: Path, advance) -> list[dict]:
-    """COCO results: every query's mask of this process's images."""
-    model = esg_jax.load(weights)
-    if not isinstance(model, Gella):
-        raise EvaluationError(f"{weights} holds a {type(model).__name__}; task 'reconstruction' is GELLA's")
-    reconstruct = Reconstructor(model)
+def write_reconstructions(config: EvalConfig, bundle: Bundle, advance) -> list[dict]:
+    """COCO results: every query's mask."""
+    try:
+        reconstruct = Reconstructor(bundle.load_as(Gella))
+    except ValueError as error:
+        raise EvaluationError(f"{error}; task 'reconstruction' is GELLA's") from error
     source = open_source(SourceConfig(annotations=config.annotations, images=config.images))
-    rows = range(len(source))[: config.max_images or None][jax.process_index() :: jax.process_count()]
+    rows = [source[row] for row in range(len(source))[: config.max_images or None]]
     records = []
-    for row in rows:
-        record = source[row]
-        masks, scores = reconstruct(record.load_image(), record.load_entities())
-        found = np.flatnonzero(masks.any((1, 2)))
-        records += _results(record.image_id, rle.encode(masks[found]), scores[found], [1] * len(found))
+    found = reconstruct.many((record.load_image(), record.load_entities()) for record in rows)
+    for index, (record, (masks, scores)) in enumerate(zip(rows, found, strict=True)):
+        if is_own(index):
+            shown = np.flatnonzero(masks.any((1, 2)))
+            records += _results(record.image_id, rle.encode(masks[shown]), scores[shown], [1] * len(shown))
         advance(1)
     return records
 
 
-def write_entities(config, predictor, images, out, advance) -> list[dict]:
-    """COCO results, every query of every image: the metric wants the empty and unlikely ones too."""
-    by_image = {}
+def predictions(config, predictor, images, advance, **options):
+    """(position, prediction) of the images that this process writes."""
     paths = [path for _, path in images]
-    for index, prediction in predictor.predict_many(paths, batch_size=config.batch_size):
+    for index, prediction in predictor.predict_many(paths, batch_size=config.batch_size, **options):
         if isinstance(prediction, Exception):
             raise prediction  # a score over fewer images would not compare
-        by_image[index] = _results(images[index][0], prediction.rles(), prediction.scores, [1] * len(prediction))
+        if is_own(index):
+            yield index, prediction
         advance(1)
+
+
+def write_entities(config, predictor, images, out, advance) -> list[dict]:
+    """COCO results, every query of every image: the metric wants the empty and unlikely ones too."""
+    by_image = {
+        index: _results(images[index][0], found.rles(), found.scores, [1] * len(found))
+        for index, found in predictions(config, predictor, images, advance)
+    }
     return [record for index in sorted(by_image) for record in by_image[index]]
 
 
 def write_instances(config, predictor, images, out, advance) -> list[dict]:
     """COCO results with categories."""
     ids = sorted(formats.CocoAnnotations.load(config.annotations).category_ids())
-    records = []
-    for uid, path in images:
-        found = predictor.predict_instances(path)
-        records += _results(uid, found.rles, found.scores, [ids[label] for label in found.labels])
-        advance(1)
-    return records
+    by_image = {
+        index: _results(images[index][0], found.rles, found.scores, [ids[label] for label in found.labels])
+        for index, found in predictions(config, predictor, images, advance, output="instances")
+    }
+    return [record for index in sorted(by_image) for record in by_image[index]]
 
 
 def _results(uid, rles, scores, categories) -> list[dict]:
@@ -207,30 +226,29 @@ def write_panoptic(config, predictor, images, out, advance) -> dict:
     categories = sorted(formats.CocoAnnotations.load(config.annotations).categories, key=lambda c: c["id"])
     is_thing = [bool(c.get("isthing", 1)) for c in categories]
     (out / "predictions").mkdir(exist_ok=True)
-    annotations = []
-    for uid, path in images:
-        found = predictor.predict_panoptic(path, is_thing)
+    annotations = {}
+    options = dict(output="panoptic", is_thing=tuple(is_thing))
+    for index, found in predictions(config, predictor, images, advance, **options):
+        uid, path = images[index]
         ids = np.asarray(found.segment_map)
         file = f"{path.stem}.png"
         Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)).save(
             out / "predictions" / file
         )
         segments = [{"id": s.id, "category_id": categories[s.category]["id"]} for s in found.segments]
-        annotations.append({"image_id": uid, "file_name": file, "segments_info": segments})
-        advance(1)
-    return {"annotations": annotations}
+        annotations[index] = {"image_id": uid, "file_name": file, "segments_info": segments}
+    return {"annotations": [annotations[index] for index in sorted(annotations)]}
 
 
 def write_maps(config, predictor, images, out, advance) -> list[str]:
     """Label-map PNGs in the folder `predictions`, named like the ground truth."""
     names = []
-    for masks, path in images:
-        file = out / "predictions" / masks
+    for index, labels in predictions(config, predictor, images, advance, output="semantic"):
+        file = out / "predictions" / images[index][0]
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(predictor.predict_semantic(path).astype(np.uint8)).save(file)
-        names.append(masks)
-        advance(1)
-    return names
+        Image.fromarray(labels.astype(np.uint8)).save(file)
+        names.append(images[index][0])
+    return sorted(names)
 
 
 def print_scores(config: EvalConfig, scores: dict) -> None:

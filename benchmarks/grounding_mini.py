@@ -30,6 +30,7 @@ from esg_jax.evaluation import grounding_predictions, rle, run, text_sets  # noq
 from esg_jax.evaluation.config import EvalConfig  # noqa: E402
 from esg_jax.evaluation.driver import progress  # noqa: E402
 from esg_jax.evaluation.report import format_value  # noqa: E402
+from esg_jax.inference.bundle import open_bundle  # noqa: E402
 from esg_jax.input.grounding import Strangers  # noqa: E402
 from esg_jax.input.grounding_readers import open_narratives  # noqa: E402
 from esg_jax.input.narratives import GroundingSourceConfig  # noqa: E402
@@ -50,7 +51,7 @@ def main() -> None:
     config = dataclasses.replace(config, captions=captions, max_images=arguments.limit, plural_by="flag")
     images = run.images_of(config)
     with tempfile.TemporaryDirectory() as folder, progress("GELLA", len(images)) as advance:
-        found = grounding_predictions.predict(config, arguments.weights, images, Path(folder), "float32", advance)
+        found = grounding_predictions.predict(config, open_bundle(arguments.weights), images, Path(folder), advance)
         methods = {"GELLA": found, **baselines(config)}
         scores = {}
         for name, records in methods.items():
@@ -72,7 +73,7 @@ def answered(config: EvalConfig, weights: Path, *, draws: int = 2) -> dict[str, 
     """
     narratives = open_narratives(GroundingSourceConfig(captions=config.captions, images=config.images))
     strangers = Strangers(narratives, np.flatnonzero(narratives.num_linked > 0))
-    grounder = grounding_predictions.open_grounder(config, weights, "float32")
+    grounder = grounding_predictions.open_grounder(config, open_bundle(weights))
     masks = grounding_predictions.InputMasks(config)
     rng = np.random.default_rng(0)
     images = text_sets.open_text_set(config).images[: config.max_images or None]

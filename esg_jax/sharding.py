@@ -71,7 +71,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, model: int = 1, *, devices: Sequenc
     if int(np.prod(sizes)) != len(devices):
         raise ValueError(
             f"mesh sizes (data, fsdp, model) = {tuple(sizes)} need {int(np.prod(sizes))} devices, "
-            f"but there are {len(devices)}; change config.mesh"
+            f"but there are {len(devices)}; change config.mesh or --mesh"
         )
     # Auto, because the default of jax 0.10 (Explicit) refuses tensor-parallel matmuls without annotations.
     axis_types = (AxisType.Auto,) * 3

@@ -4,18 +4,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
-from esg_jax import weights
 from esg_jax.evaluation import formats
 from esg_jax.evaluation.config import TEXT_TASKS, EvalConfig
 from esg_jax.evaluation.rle import EvaluationError
 from esg_jax.evaluation.text_sets import TextImage, blank, linked_phrases, open_text_set
+from esg_jax.inference.bundle import Bundle
 from esg_jax.inference.entities.predictor import Predictor
 from esg_jax.inference.grounding import grounding_files
+from esg_jax.inference.grounding.decisions import read_rules
 from esg_jax.inference.grounding.grounder import Grounder
-from esg_jax.inference.grounding.load_grounder import load_grounder, read_rules
 from esg_jax.inference.grounding.results import Scene
 from esg_jax.inference.masks_in import EntityMasks, NoMasksError, disjoint_masks
 from esg_jax.input.mask_files import MaskSet, mask_file_of, read_masks
@@ -26,19 +27,16 @@ from esg_jax.models.gella import GellaConfig
 _READERS = {"panoptic": "coco_panoptic", "instance": "coco_instances"}
 
 
-def needs_grounder(config: EvalConfig, path: Path) -> bool:
+def needs_grounder(config: EvalConfig, bundle: Bundle) -> bool:
     """Whether the task is one of text, or the weights are GELLA's, which names entities."""
-    if config.task in TEXT_TASKS:
-        return True
-    return weights.is_weights_file(path) and isinstance(weights.read_info(path)[0], GellaConfig)
+    return config.task in TEXT_TASKS or isinstance(bundle.config, GellaConfig)
 
 
 def predict(
     config: EvalConfig,
-    path: Path,
+    bundle: Bundle,
     images: Sequence[tuple[Any, Path]],
     out: Path,
-    dtype: str,
     advance: Callable[[int], None],
 ) -> Any:
     """What the file of predictions holds, for these images of `run.images_of`.
@@ -47,12 +45,12 @@ def predict(
         ValueError, FileNotFoundError: a task that GELLA does not do, weights of another model, unusable masks.
     """
     if config.task not in (*TEXT_TASKS, *_READERS):
-        raise EvaluationError(f"{path} holds a GELLA, which does no task {config.task!r}")
-    masks = InputMasks(config, dtype)
+        raise EvaluationError(f"{bundle.name} holds a GELLA, which does no task {config.task!r}")
+    masks = InputMasks(config)
     if config.task in TEXT_TASKS:
         texts = open_text_set(config)
         masks.check(texts.complete)
-        grounder = open_grounder(config, path, dtype)
+        grounder = open_grounder(config, bundle)
         ask = _narratives if config.task == "narrative" else _references
         records = []
         for chunk in _chunks([texts.images[index] for index, _ in images], config.batch_size):
@@ -63,28 +61,28 @@ def predict(
                 names = ", ".join(image.record.name for image in chunk)
                 raise EvaluationError(f"{config.captions}, texts of {names}: {error}") from error
             advance(len(chunk))
-        return records
+        return records if jax.process_index() == 0 else []
     source = open_source(SourceConfig(_READERS[config.task], config.annotations, config.images, config.masks))
     rows = {source[row].image_id: row for row in range(len(source))}
-    grounder = open_grounder(config, path, dtype)
+    grounder = open_grounder(config, bundle)
     write = (_panoptic if config.task == "panoptic" else _instances)(config, grounder, out)
     records = []
     for chunk in _chunks([source[rows[uid]] for uid, _ in images if uid in rows], config.batch_size):
         records += write(list(zip(chunk, look(grounder, masks, chunk), strict=True)))
         advance(len(chunk))
+    records = records if jax.process_index() == 0 else []
     return {"annotations": records} if config.task == "panoptic" else records
 
 
-def open_grounder(config: EvalConfig, path: Path, dtype: str) -> Grounder:
+def open_grounder(config: EvalConfig, bundle: Bundle) -> Grounder:
     """The model as the evaluation wants it."""
-    return load_grounder(
-        path,
+    return Grounder.from_bundle(
+        bundle,
         tokenizer=config.tokenizer or None,
         conversation=config.conversation or None,
         prompts=config.prompts or None,
         rules=read_rules(config.rules, "--config.rules"),
         nouns=config.nouns or None,
-        precision=dtype,
         batch_size=config.batch_size,
     )
 
@@ -96,11 +94,11 @@ class InputMasks:
         EvaluationError: neither of them.
     """
 
-    def __init__(self, config: EvalConfig, dtype: str = "float32"):
+    def __init__(self, config: EvalConfig):
         self._config, self._predictor = config, None
         choice = config.input_masks
         if choice == "segmenter":
-            self._predictor = Predictor.from_checkpoint(config.segmenter or None, dtype=dtype)
+            self._predictor = Predictor.from_checkpoint(config.segmenter or None)
         elif choice != "ground_truth" and not Path(choice).exists():
             raise EvaluationError(
                 f"input_masks is {choice!r}; choose ground_truth, segmenter, or a COCO file or folder of masks"
@@ -200,7 +198,8 @@ def _references(config: EvalConfig, grounder: Grounder, kind: str, images: Looke
 
 def _panoptic(config: EvalConfig, grounder: Grounder, out: Path) -> Callable:
     categories = _categories(config)
-    folder = out / "predictions"
+    # All processes have all results; the files of the first one count.
+    folder = out / ("predictions" if jax.process_index() == 0 else f"predictions.{jax.process_index()}")
     folder.mkdir(exist_ok=True)
     names = [category["name"] for category in categories]
     things = [bool(category.get("isthing", 1)) for category in categories]

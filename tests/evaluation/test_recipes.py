@@ -1,13 +1,13 @@
 """Every recipe's command parses, names a known configuration, and quotes metrics that its result has."""
 
-import argparse
 import shlex
 
 import pytest
 
 from configs.recipes import reconstruction, sets, tables
+from esg_jax import cli
 from esg_jax.config import from_dict
-from esg_jax.evaluation import averages, commands
+from esg_jax.evaluation import averages
 from esg_jax.evaluation.config import EvalConfig
 
 ESG_TABLES = (1, 2, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
@@ -21,8 +21,7 @@ def test_every_table_has_a_recipe():
 
 @pytest.mark.parametrize("name", tables.RECIPES)
 def test_commands_are_valid(name):
-    parser = argparse.ArgumentParser()
-    commands.add_parsers(parser.add_subparsers())
+    parser = cli.make_parser("evaluate")
     for command in tables.RECIPES[name].command.split(" && "):
         words = shlex.split(command)
         if words[0] == "esg":

@@ -12,6 +12,7 @@ import eval as script
 from esg_jax.evaluation import grounding_predictions, rle, run, text_sets
 from esg_jax.evaluation.config import EvalConfig
 from esg_jax.evaluation.rle import EvaluationError
+from esg_jax.inference.bundle import open_bundle
 from esg_jax.input.rle import encode_label_map
 from esg_jax.weights import save_weights
 
@@ -183,10 +184,10 @@ def tiny_file(tiny_gella, tmp_path_factory):
 @pytest.fixture
 def evaluate(monkeypatch, grounder, tiny_file, tmp_path):
     """`evaluate(config)` -> predictions and scores; the model is compiled already."""
-    monkeypatch.setattr(grounding_predictions, "load_grounder", lambda *_, **__: grounder)
+    monkeypatch.setattr(grounding_predictions, "open_grounder", lambda *_: grounder)
 
     def call(made):
-        files = script.predict(made, tiny_file, tmp_path, "float32")
+        files = script.predict(made, open_bundle(tiny_file), tmp_path)
         scores = script.score(made, files, tmp_path)["metrics"]
         assert {name: scores[name] for name in run.columns(made)}
         assert Image.open(tmp_path / "grid.png").size[0] > 100
@@ -248,4 +249,4 @@ def test_categories(evaluate, root, tmp_path):
 def test_a_task_that_is_not_gellas(root, tiny_file, tmp_path):
     made = EvalConfig(annotations=f"{root}/instances.json", images=str(root))
     with pytest.raises(EvaluationError, match="holds a GELLA, which does no task 'entity'"):
-        script.predict(made, tiny_file, tmp_path, "float32")
+        script.predict(made, open_bundle(tiny_file), tmp_path)

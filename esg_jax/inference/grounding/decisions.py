@@ -5,8 +5,10 @@ has the score 0 everywhere.
 """
 
 import dataclasses
+import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -67,6 +69,24 @@ class GroundingConfig:
                 raise ValueError(f"{field.name} is {value}; it must lie between 0 and 1")
             if field.type is int and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{field.name} is {value}; it must be a positive whole number")
+
+
+def read_rules(pairs: Sequence[str], option: str) -> dict[str, Any]:
+    """Fields of `GroundingConfig` from texts NAME=VALUE; numbers become numbers.
+
+    Raises:
+        ValueError: no "=" in one; names the option.
+    """
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"{option} {pair!r}: expected NAME=VALUE")
+        try:
+            out[name] = json.loads(value)
+        except json.JSONDecodeError:
+            out[name] = value
+    return out
 
 
 def match_queries(iou_qn: Float[np.ndarray, "q n"], min_iou: float = 0.5) -> Int[np.ndarray, "n"]:

@@ -5,6 +5,7 @@ done. Rows have their own lengths and do not see each other, so a row's text doe
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,7 @@ def generate(
     *,
     keys_b: Array | None = None,
     lora: nnx.Module | None = None,
+    pin: Callable[[Array], Array] | None = None,
 ) -> Generation:
     """Continues every prompt until the end token, the length limit or the last allowed <SEG>.
 
@@ -102,6 +104,7 @@ def generate(
         config: how to choose tokens and when to stop.
         keys_b: one random key per row, needed when `config.temperature` > 0.
         lora: adapters of the model.
+        pin: see `Llama`.
 
     Returns:
         The answers; <SEG> tokens of the prompt are not part of them.
@@ -153,7 +156,7 @@ def generate(
         return _State(out, token_b, done_b, cache)
 
     def step(state: _State) -> _State:
-        hidden, cache = model(model.embed(state.token[:, None]), cache=state.cache, lora=lora)
+        hidden, cache = model(model.embed(state.token[:, None]), cache=state.cache, lora=lora, pin=pin)
         out, done_b = state.out, state.done
         if config.seg_hidden == "at" and config.seg_id is not None:
             out = collect(out, hidden[:, 0], ~done_b & (state.token == config.seg_id))
@@ -161,7 +164,7 @@ def generate(
         return extend(out, cache, hidden[:, 0], done_b)
 
     cache = KVCache.empty(model.config, batch, capacity, model.dtype)
-    hidden, cache = model(x_btd, cache=cache, lora=lora)
+    hidden, cache = model(x_btd, cache=cache, lora=lora, pin=pin)
     last_bd = jnp.take_along_axis(hidden, (lengths_b - 1)[:, None, None], axis=1)[:, 0]
     cache = dataclasses.replace(cache, lengths=lengths_b.astype(jnp.int32))
     out = Generation(

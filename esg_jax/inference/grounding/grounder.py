@@ -6,54 +6,62 @@ the model writes it ("generated").
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from jax.sharding import Mesh
 
+from esg_jax.config import from_dict
+from esg_jax.inference.bundle import Bundle, open_bundle
+from esg_jax.inference.engine import Engine
 from esg_jax.inference.grounding import decisions
 from esg_jax.inference.grounding.decisions import GroundingConfig
-from esg_jax.inference.grounding.decoding import DecodingConfig, generate
+from esg_jax.inference.grounding.language_branch import LanguageBranch
 from esg_jax.inference.grounding.results import CategoryResult, GroundedPhrase, GroundingResult, Scene
+from esg_jax.inference.grounding.scene_encoder import SceneEncoder
 from esg_jax.inference.masks_in import EntityMasks
-from esg_jax.input.square import square_image, square_labels
+from esg_jax.input.image_io import ImageLike
+from esg_jax.interop.gguf import packaged_smollm2
 from esg_jax.models.gella import Gella
-from esg_jax.ops.padding import content_mask, content_start
 from esg_jax.text.nouns import noun_phrases
 from esg_jax.text.prompts import Prompts
-from esg_jax.text.sequences import (
-    SequenceBuilder,
-    Tokenizer,
-    TokenSequence,
-    Turn,
-    bucket_length,
-    locate,
-    pad_sequences,
-)
+from esg_jax.text.sequences import SequenceBuilder, Tokenizer, Turn, locate
+from esg_jax.text.tokenizers import open_tokenizer
+from esg_jax.weights import packaged_weights
 
-_LENGTHS = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-_PHRASES = (8, 64, 160, 512)
+
+def demo_grounder() -> Path:
+    """The GELLA weights that ship with the package.
+
+    Raises:
+        FileNotFoundError: this installation has none.
+    """
+    return packaged_weights(
+        "gella_demo.safetensors",
+        "name GELLA weights (--model FILE.safetensors), convert a published checkpoint (`esg convert --help`), or "
+        "train a small one (configs/gella_quickstart.py)",
+    )
 
 
 class Grounder:
     """Grounds text in the entities of images.
 
-    Programs are compiled per bucket of text length and of number of phrases, always for `batch_size` images; a result
-    does not depend on what else is in its batch.
+    A result does not depend on what else is in its batch, nor on the number of devices.
 
     Args:
-        model: GELLA with a language model.
+        model: GELLA with a language model; its arrays may be those of a run in progress, on its mesh.
         tokenizer: of that language model.
         prompts: the wording it was trained with.
         config: thresholds and modes.
-        batch_size: images per call of the network.
+        batch_size: images per call of the network, rounded up to what divides over the devices.
         max_new_tokens: longest generated answer.
         nouns: who finds the noun phrases of a text when they are not given: "model", or "rule" for language models
             that have not learned to (`esg_jax.text.nouns`).
         with_count: answers begin with the number of phrases, as in training (`data.with_count`).
         seed: of the colours.
+        mesh: batches and weights are split over it, see `Engine`; on several hosts all ask the same.
 
     Raises:
         ValueError: a model without language, one whose special tokens are not the tokenizer's, or reconstructed masks
@@ -72,6 +80,7 @@ class Grounder:
         nouns: str = "model",
         with_count: bool = True,
         seed: int = 0,
+        mesh: Mesh | None = None,
     ):
         if model.config.llm is None:
             raise ValueError("this model has no language branch (llm is None); it can only reconstruct masks")
@@ -91,113 +100,86 @@ class Grounder:
         self.tokenizer = tokenizer
         self.prompts = prompts or Prompts.load()
         self.config = config or GroundingConfig()
-        self.batch_size = batch_size
         self._with_count, self._by_rule = with_count, nouns == "rule"
         self._builder = SequenceBuilder(tokenizer, self.prompts, model.config.num_image_tokens)
-        limit = model.config.llm.max_length
-        self._lengths = sorted({length for length in _LENGTHS if length < limit} | {limit})
-        self._keys = jax.random.split(jax.random.key(seed), self.config.colorings)
-        self._graph, self._state = nnx.split(model)
-        self._see = jax.jit(self._run_vision)
-        self._read = jax.jit(self._run_text)
-        self._write = jax.jit(self._run_generation, static_argnames="config")
-        specials = {tokenizer.image_id, tokenizer.pad_id, tokenizer.bos_id} - {tokenizer.eos_id}
-        self._decoding = DecodingConfig(
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            max_new_tokens=min(max_new_tokens, limit - 1),
-            seg_id=tokenizer.seg_id,
-            seg_hidden=model.config.seg_hidden,
-            suppress=tuple(sorted(specials)),
-            vocab_size=tokenizer.vocab_size,
+        engine = Engine(model, mesh)
+        self.batch_size = engine.batch_size(batch_size)
+        self.encode_scenes = SceneEncoder(engine, model.config, self.config, self.batch_size, seed)
+        self._language = LanguageBranch(
+            engine, model.config, tokenizer, batch_size=self.batch_size, max_new_tokens=max_new_tokens
         )
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path | None = None, *, dtype: Any = "float32", mesh: Mesh | None = None, **options: Any
+    ) -> "Grounder":
+        """A grounder with saved weights; None: the demo weights of the package. See `open_bundle`, `from_bundle`."""
+        return cls.from_bundle(open_bundle(path or demo_grounder(), dtype=dtype, mesh=mesh), **options)
+
+    @classmethod
+    def from_bundle(
+        cls,
+        bundle: Bundle,
+        *,
+        tokenizer: str | None = None,
+        conversation: str | None = None,
+        prompts: str | Path | None = None,
+        rules: Mapping[str, Any] | None = None,
+        nouns: str | None = None,
+        **options: Any,
+    ) -> "Grounder":
+        """A grounder with the weights of a file or of a run in progress.
+
+        `bundle.info["grounding"]` may say `tokenizer`, `conversation`, `prompts`, `rules`, `nouns` and `with_count`;
+        arguments override it.
+
+        Args:
+            bundle: the model, placed on the mesh on which it will run.
+            tokenizer: file or folder for `open_tokenizer`, or "smollm2" for the packaged one.
+            conversation, prompts: of `Prompts.load`.
+            rules: fields of `GroundingConfig`.
+            nouns: of `Grounder`; by default "rule" for weights that leave an untrained language model out.
+            options: of `Grounder`.
+
+        Raises:
+            ValueError: no GELLA, no tokenizer named, an unknown rule.
+        """
+        known = bundle.info.get("grounding", {})
+        config = from_dict(GroundingConfig, {**known.get("rules", {}), **(rules or {})}, "rule")
+        tokenizer = tokenizer or known.get("tokenizer")
+        if not tokenizer:
+            raise ValueError(f"{bundle.name} does not say which tokenizer it needs; give --tokenizer")
+        words = open_tokenizer(packaged_smollm2() if tokenizer == "smollm2" else tokenizer)
+        style = conversation or known.get("conversation", "vicuna")
+        wording = Prompts.load(prompts or known.get("prompts") or None, style)
+        # Weights that leave the language model out have it untrained: it never writes <SEG>.
+        nouns = nouns or known.get("nouns", "rule" if "llm_weights" in bundle.info else "model")
+        options = {"with_count": known.get("with_count", True), **options}
+        return cls(bundle.load_as(Gella), words, wording, config, nouns=nouns, **options)
 
     @property
     def max_entities(self) -> int:
         """Masks per image that the model can tell apart."""
         return self.model_config.num_queries
 
-    # Scenes.
-
-    def look(self, images: Sequence[np.ndarray], masks: Sequence[EntityMasks]) -> list[Scene]:
+    def look(self, images: Sequence[ImageLike], masks: Sequence[EntityMasks]) -> list[Scene]:
         """Encodes images with their masks.
 
         Args:
-            images: RGB uint8 (h, w, 3) each.
+            images: paths, or RGB uint8 (h, w, 3) each.
             masks: of the same sizes, from `disjoint_masks`.
 
         Raises:
             ValueError: sizes differ, no masks, or more than `max_entities`.
         """
-        for number, (image, entities) in enumerate(zip(images, masks, strict=True), start=1):
-            if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
-                raise ValueError(f"image {number} is {image.dtype} {image.shape}; expected RGB uint8 (h, w, 3)")
-            if entities.size != image.shape[:2]:
-                raise ValueError(f"image {number} is {image.shape[:2]}, its masks are {entities.size} (height, width)")
-            if not 0 < len(entities) <= self.max_entities:
-                raise ValueError(
-                    f"image {number} has {len(entities)} masks; the model takes 1 to {self.max_entities} "
-                    "(`disjoint_masks(max_entities=...)` keeps the largest)"
-                )
-        out = []
-        for batch in _batches(list(zip(images, masks, strict=True)), self.batch_size):
-            out += self._look_batch(*zip(*batch, strict=True))
-        return out
-
-    def _look_batch(self, images, masks) -> list[Scene]:
-        side, pad = self.model_config.colormap.size, self.model_config.pad_position
-        pixels, sizes = zip(*(square_image(image, self.model_config.image_size, pad) for image in images), strict=True)
-        maps, map_sizes = zip(*(square_labels(m.label_map.astype(np.int16), side, pad) for m in masks), strict=True)
-        arrays = (np.stack(part) for part in (pixels, sizes, maps, map_sizes))
-        seen = jax.device_get(self._see(self._state, *(_fill(array, self.batch_size) for array in arrays)))
-        out = []
-        for row, entities in enumerate(masks):
-            count = len(entities)
-            query = np.stack(
-                [decisions.match_queries(iou[:, :count], self.config.match_iou) for iou in seen["iou"][:, row]]
-            )
-            entityness = np.where(query >= 0, np.take_along_axis(seen["entityness"][:, row], query.clip(0), 1), 0)
-            probabilities = None
-            if self.config.output_masks == "reconstructed":
-                found = (query[0] >= 0)[:, None, None]
-                probabilities = np.where(found, seen["probabilities"][row][query[0].clip(0)], 0)
-            content = tuple(float(length) / side for length in map_sizes[row])
-            start = tuple(float(content_start(length, side, pad)) / side for length in map_sizes[row])
-            vision, embed = seen["vision"][row], seen["embed"][:, row]
-            out.append(Scene(entities, vision, embed, query, entityness.mean(0), probabilities, content, start))
-        return out
-
-    def _run_vision(self, state, image_bhwc, size_b2, label_map_bhw, map_size_b2) -> dict[str, jax.Array]:
-        model = nnx.merge(self._graph, state)
-        vision = model.vision_tokens(image_bhwc, size_b2)
-        inside = content_mask(*label_map_bhw.shape[1:], map_size_b2, self.model_config.pad_position)
-
-        def with_colors(key):
-            keys = jnp.broadcast_to(key, len(image_bhwc))
-            output = model.entities(vision, label_map_bhw, keys, size_b2=map_size_b2)
-            if output.masks is None:  # entity k has embedding k
-                present = output.present.astype(jnp.float32)
-                iou = jnp.eye(self.max_entities) * present[:, None]
-                return {"embed": output.embed, "entityness": present, "iou": iou}, None
-            logits = output.masks.image_mask_logits()[:, 0]
-            seen = {
-                "embed": output.embed,
-                "entityness": jax.nn.softmax(output.masks.image.logits[-1])[..., 0],
-                "iou": _overlaps(logits, label_map_bhw, inside, self.max_entities),
-            }
-            return seen, logits
-
-        seen, logits = jax.lax.map(with_colors, self._keys)
-        if self.config.output_masks == "reconstructed":
-            seen["probabilities"] = jax.nn.sigmoid(logits[0])
-        return {**seen, "vision": vision}
+        return self.encode_scenes(images, masks, self.config)
 
     # Tasks.
 
     def describe(self, scenes: Sequence[Scene], question: str | None = None) -> list[str]:
         """Writes a caption of every image."""
         turn = Turn(question or self.prompts.description[0])
-        written = self._generate(scenes, [self._builder.build([turn])] * len(scenes), nouns=False)
+        written = self._language.generate(scenes, [self._builder.build([turn])] * len(scenes), nouns=False)
         return [self._builder.text(ids) for ids, _, _ in written]
 
     def extract(self, scenes: Sequence[Scene], texts: Sequence[str]) -> list[list[str]]:
@@ -205,7 +187,7 @@ class Grounder:
         if self._by_rule:
             return [noun_phrases(text) for text in texts]
         prompts = [self._builder.build([self._extraction(text)]) for text in texts]
-        return [self._builder.phrases(ids) for ids, _, _ in self._generate(scenes, prompts)]
+        return [self._builder.phrases(ids) for ids, _, _ in self._language.generate(scenes, prompts)]
 
     def ground(
         self,
@@ -284,11 +266,11 @@ class Grounder:
         if forced:
             answer = self.prompts.reasoning_answer()
             sequences = [self._builder.build([Turn(question, answer)]) for question in questions]
-            answers = [("", values, True) for values in self._scores(scenes, sequences)]
+            answers = [("", values, True) for values in self._language.scores(scenes, sequences)]
         else:
             if self.model_config.noun_blocks is not None:
                 raise ValueError("this model reads nouns early (noun_blocks) and answers in no words; leave forced on")
-            written = self._generate(scenes, [self._builder.build([Turn(question)]) for question in questions])
+            written = self._language.generate(scenes, [self._builder.build([Turn(question)]) for question in questions])
             answers = [(self._builder.text(ids), values, done) for ids, values, done in written]
         out = []
         for scene, question, (text, values, done) in zip(scenes, questions, answers, strict=True):
@@ -351,7 +333,7 @@ class Grounder:
             asked = [cleaned[index] for index in chunk]
             turn = self._extraction(self.prompts.category_sentence(asked), asked)
             sequence = self._builder.build([turn])
-            for total, scores in zip(totals, self._scores(scenes, [sequence] * len(scenes)), strict=True):
+            for total, scores in zip(totals, self._language.scores(scenes, [sequence] * len(scenes)), strict=True):
                 total[chunk] += scores / len(lists)
         return totals
 
@@ -375,7 +357,7 @@ class Grounder:
         complete = [True] * len(turns)
         if phrases is None:
             prompts = [self._builder.build(turns[row]) for row in asked]
-            written = self._generate([scenes[row] for row in asked], prompts)
+            written = self._language.generate([scenes[row] for row in asked], prompts)
             for row, (ids, values, done) in zip(asked, written, strict=True):
                 listed[row] = self._builder.phrases(ids)[: len(values)]
                 scores[row], complete[row] = values, done
@@ -391,85 +373,9 @@ class Grounder:
             listed[row] = list(phrases[row])
             answered = dataclasses.replace(last, answer=self._listed(listed[row]))
             sequences.append(self._builder.build([*before, answered]))
-        for row, values in zip(asked, self._scores([scenes[row] for row in asked], sequences), strict=True):
+        for row, values in zip(asked, self._language.scores([scenes[row] for row in asked], sequences), strict=True):
             scores[row] = values
         return listed, scores, complete
-
-    def _scores(self, scenes: Sequence[Scene], sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
-        """S (v, n) of the <SEG> tokens of every sequence."""
-        out: list[np.ndarray] = []
-        for batch in _batches(list(zip(scenes, sequences, strict=True)), self.batch_size):
-            own, texts = zip(*batch, strict=True)
-            length = bucket_length(max(map(len, texts)), self._lengths)
-            most = max(len(text.seg_pos) for text in texts)
-            # Long lists are cut by `class_names_per_prompt`; anything longer than the buckets gets its own size.
-            slots = min((count for count in _PHRASES if count >= most), default=most)
-            padded = pad_sequences(texts, length, slots, self.tokenizer.pad_id)
-            arrays = (np.stack([scene.vision for scene in own]), padded["ids"], padded["seg_pos"])
-            embed = np.stack([scene.embed for scene in own])
-            inputs = (_fill(array, self.batch_size) for array in (*arrays, embed))
-            logits = np.asarray(self._read(self._state, *inputs))
-            out += [_average(logits[row, :, : len(text.seg_pos)], scene) for row, (scene, text) in enumerate(batch)]
-        return out
-
-    def _generate(
-        self, scenes: Sequence[Scene], prompts: Sequence[TokenSequence], *, nouns: bool = True
-    ) -> list[tuple[np.ndarray, np.ndarray, bool]]:
-        """Answers: ids, S (v, n) of their <SEG> tokens, and whether they came to an end."""
-        config = self._decoding
-        if not nouns:
-            suppress = tuple(sorted({*config.suppress, self.tokenizer.seg_id}))
-            config = dataclasses.replace(config, seg_id=None, suppress=suppress)
-        # The answer needs room as well.
-        limit = self._lengths[-1]
-        lengths = [length for length in self._lengths if length < limit] or [limit - 1]
-        out = []
-        for batch in _batches(list(zip(scenes, prompts, strict=True)), self.batch_size):
-            own, texts = zip(*batch, strict=True)
-            length = bucket_length(max(map(len, texts)), lengths)
-            ids = pad_sequences(texts, length, _PHRASES[-1], self.tokenizer.pad_id)["ids"]
-            counts = np.array([len(text) for text in texts], np.int32)
-            arrays = (np.stack([scene.vision for scene in own]), ids, counts, np.stack([s.embed for s in own]))
-            inputs = (_fill(array, self.batch_size) for array in arrays)
-            written, logits = jax.device_get(self._write(self._state, *inputs, config=config))
-            for row, scene in enumerate(own):
-                scores = _average(logits[row, :, : int(written.seg_counts[row])], scene)
-                out.append((written.ids[row, : int(written.lengths[row])], scores, bool(written.finished[row])))
-        return out
-
-    def _run_text(self, state, vision_bghc, ids_bt, seg_pos_bv, embed_bkqc) -> jax.Array:
-        model = nnx.merge(self._graph, state)
-        states = model.text(vision_bghc, ids_bt, num_blocks=model.config.noun_blocks)
-        nouns = model.noun_states(states, seg_pos_bv)
-        return _associate(model, nouns, embed_bkqc)
-
-    def _run_generation(self, state, vision_bghc, ids_bt, lengths_b, embed_bkqc, config):
-        model = nnx.merge(self._graph, state)
-        written = generate(model.llm, model.embed_text(vision_bghc, ids_bt), lengths_b, config, lora=model.lora)
-        return written, _associate(model, written.seg_hidden, embed_bkqc)
-
-
-def _associate(model: Gella, nouns_bvd: jax.Array, embed_bkqc: jax.Array) -> jax.Array:
-    """Association logits (b, k, v, q) for every colouring."""
-    return jax.vmap(lambda embed: model.associate(nouns_bvd, embed), in_axes=1, out_axes=1)(embed_bkqc)
-
-
-def _overlaps(logits_bqhw: jax.Array, label_map_bhw: jax.Array, inside_bhw: jax.Array, count: int) -> jax.Array:
-    """IoU (b, q, n) of the model's masks with the entities of the label map, at the masks' resolution.
-
-    `inside` tells the picture from its padding.
-    """
-    labels, inside = label_map_bhw[:, 2::4, 2::4], inside_bhw[:, 2::4, 2::4]
-    wanted = (labels[..., None] == jnp.arange(1, count + 1)).astype(jnp.float32)
-    masks = ((logits_bqhw > 0) & inside[:, None]).astype(jnp.float32)
-    both = jnp.einsum("bqhw,bhwn->bqn", masks, wanted, precision=jax.lax.Precision.HIGHEST)
-    union = masks.sum((2, 3))[:, :, None] + wanted.sum((1, 2))[:, None] - both
-    return both / jnp.maximum(union, 1)
-
-
-def _average(logits_kvq: np.ndarray, scene: Scene) -> np.ndarray:
-    """S (v, n), the mean over the colourings."""
-    return np.mean([decisions.entity_scores(*pair) for pair in zip(logits_kvq, scene.query, strict=True)], axis=0)
 
 
 def _phrases(text: str, listed: Sequence[str], chosen: Sequence[np.ndarray], scores: np.ndarray):
@@ -489,12 +395,3 @@ def _some_text(text: str) -> str:
     if not text.strip():
         raise ValueError("the text is empty; give a caption, an expression or a question")
     return text.strip()
-
-
-def _batches(items: list, size: int) -> list[list]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _fill(array: np.ndarray, count: int) -> np.ndarray:
-    """Repeats the last item until there are `count`."""
-    return np.concatenate([array, np.repeat(array[-1:], count - len(array), axis=0)])

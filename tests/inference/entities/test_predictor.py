@@ -6,6 +6,7 @@ from PIL import Image
 from esg_jax.inference import Predictor
 from esg_jax.input.image_io import ImageError
 from esg_jax.interop.checkpoints import save_checkpoint
+from esg_jax.sharding import make_mesh
 
 # One padded size for all tests: compilation is what takes their time.
 SIZES = dict(min_size=64, max_size=96, buckets=[(96, 96)])
@@ -49,7 +50,7 @@ def test_batch_equals_single_images_in_the_order_given(predictor):
 
 
 def test_split_over_devices_equals_one_device(predictor, tiny_model):
-    spread = Predictor(tiny_model, devices=jax.devices()[:2], **SIZES)
+    spread = Predictor(tiny_model, mesh=make_mesh(2, 1, 1, devices=jax.devices()[:2]), **SIZES)
     images = [photo(70, 100, seed) for seed in range(3)]  # three images on two devices: one is filled up
     for together, alone in zip(spread.predict_batch(images), predictor.predict_batch(images), strict=True):
         np.testing.assert_allclose(together.scores, alone.scores, atol=1e-5)
@@ -60,14 +61,15 @@ def test_buckets_bound_the_programs(tiny_model):
     predictor = Predictor(tiny_model, views=1, **SIZES)
     for height, width in ((64, 64), (70, 100), (90, 64), (33, 48)):
         assert predictor(photo(height, width)).size == (height, width)
-    assert predictor._forward._cache_size() == 1
+    assert predictor._forward.num_variants == 1
     with pytest.raises(ValueError, match=r"larger than every bucket.*\(64, 64\)"):
         Predictor(tiny_model, min_size=64, max_size=96, buckets=[(64, 64)])(photo(70, 100))
 
 
 def test_default_padding_is_the_next_multiple_of_32(tiny_model):
-    views = Predictor(tiny_model, min_size=64, max_size=100).prepare(photo(90, 131))
-    assert views.image_thwc.shape == (5, 64, 96, 3)
+    predictor, image = Predictor(tiny_model, min_size=64, max_size=100), photo(90, 131)
+    framing = predictor.frame(image)
+    assert framing.padded == (64, 96) and predictor.view_pixels(image, framing).shape == (5, 64, 96, 3)
 
 
 def test_bad_files_do_not_stop_the_rest(predictor, tmp_path):

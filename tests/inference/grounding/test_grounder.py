@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from esg_jax.inference.grounding.decisions import GroundingConfig, entity_scores
-from esg_jax.inference.grounding.grounder import Grounder, _overlaps
+from esg_jax.inference.grounding.grounder import Grounder
 from esg_jax.inference.grounding.reconstruction import Reconstructor
+from esg_jax.inference.grounding.scene_encoder import mask_overlaps
 from esg_jax.inference.masks_in import disjoint_masks
 from esg_jax.input.mask_files import read_masks
 from esg_jax.models.entity_variants import EntityBlocksConfig, RoiAlignConfig
@@ -123,16 +124,17 @@ def test_reconstructed_masks(reconstructing_grounder, pictures):
 def test_centred_pictures(reconstructing_grounder, pictures):
     """The geometry around a network that gives back what is painted."""
     other = copy.copy(reconstructing_grounder)
-    other.model_config = dataclasses.replace(other.model_config, pad_position="center")
+    encoder = other.encode_scenes = copy.copy(other.encode_scenes)
+    encoder._model = dataclasses.replace(encoder._model, pad_position="center")
 
-    def see(state, image, size, label_map, map_size):
+    def see(image, size, label_map, map_size):
         logits = (label_map[:, None, 2::4, 2::4] == np.arange(1, 9)[:, None, None]) - 0.5
         inside = content_mask(64, 64, map_size, "center")
-        iou = jnp.stack([_overlaps(logits, label_map, inside, 8)] * 2)
+        iou = jnp.stack([mask_overlaps(logits, label_map, inside, 8)] * 2, axis=1)
         seen = {"iou": iou, "entityness": np.ones((2, 2, 8)), "embed": np.zeros((2, 2, 8, 32))}
         return seen | {"vision": np.zeros((2, 2, 2, 64)), "probabilities": 0.5 + np.clip(logits, -0.5, 0.5)}
 
-    other._see = see
+    encoder._see = see
     for scene, image in zip(other.look(*pictures), pictures[0], strict=True):
         assert (scene.query[0] == [0, 1, 2]).all()
         np.testing.assert_allclose(scene.start, (1 - np.array(scene.content)) / 2, atol=1 / 64)

@@ -1,13 +1,15 @@
-"""`esg evaluate METRIC --gt ... --pred ...`: scores saved predictions in the official file formats."""
+"""`esg evaluate METRIC`: scores saved predictions."""
 
 import argparse
 import dataclasses
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+from esg_jax.cli import OK
 from esg_jax.evaluation import averages, report, tasks, tasks_grounding, tasks_video
-from esg_jax.evaluation.rle import EvaluationError
+
+DESCRIPTION = "`esg evaluate METRIC --gt ... --pred ...`: scores saved predictions in the official file formats."
+EXAMPLES = "`esg evaluate METRIC --help` lists the options of a metric."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,13 +174,8 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def add_parsers(subparsers: Any) -> None:
-    """Adds `evaluate` and its metrics to the `esg` command; each sets `run(args) -> exit status`."""
-    parser = subparsers.add_parser(
-        "evaluate",
-        help="score saved predictions with the papers' metrics",
-        description=__doc__,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The metrics, each with its files and options."""
     names = parser.add_subparsers(dest="metric", metavar="METRIC", required=True)
     _add_average(names)
     for name, metric in METRICS.items():
@@ -197,7 +194,6 @@ def add_parsers(subparsers: Any) -> None:
         sub.add_argument("--json", help="write all numbers to this file")
         sub.add_argument("--curves", metavar="DIR", help="draw precision-recall, recall over IoU, per-class bars (PNG)")
         sub.add_argument("--markdown", metavar="LABEL", help="print a markdown row with this label, values x100")
-        sub.set_defaults(run=run)
 
 
 def _add_average(names: Any) -> None:
@@ -207,27 +203,17 @@ def _add_average(names: Any) -> None:
     sub.add_argument("--key", default="AP", help="which number to average (default: AP)")
     sub.add_argument("--set", choices=sorted(averages.SETS), help="insist on exactly these data sets")
     sub.add_argument("--json", help="write all numbers to this file")
-    sub.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Scores, prints the table, writes what was asked for; 1 and one line on stderr for input that cannot be scored."""
-    try:
-        _score(args)
-    except EvaluationError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _score(args: argparse.Namespace) -> None:
+    """Scores, prints the table and writes what was asked for."""
     if args.metric == "average":
         expected = averages.SETS[args.set] if args.set else None
         result = tasks_grounding.average_of_results(args.results, args.key, expected)
         report.print_table(f"average of {args.key}", result)
         if args.json:
             report.write_json(result, args.json)
-        return
+        return OK
     metric = METRICS[args.metric]
     accumulator = metric.run(args)
     result = accumulator.result()
@@ -239,15 +225,4 @@ def _score(args: argparse.Namespace) -> None:
     if args.curves:
         for path in report.write_curves(accumulator, result, args.curves):
             print(path)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m esg_jax.evaluation.commands evaluate ...`: the same without the rest of `esg`."""
-    parser = argparse.ArgumentParser(prog="esg")
-    add_parsers(parser.add_subparsers(required=True))
-    args = parser.parse_args(argv)
-    return args.run(args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return OK

@@ -1,4 +1,13 @@
-"""The `esg` command. Every subcommand lives beside the library code it calls, and is imported only when used."""
+"""The `esg` command. Every subcommand is a file of this folder over library functions, imported only when used.
+
+A command is a module with
+
+    DESCRIPTION, EXAMPLES           texts for its --help; EXAMPLES may be empty
+    add_arguments(parser)           its arguments
+    run(args) -> exit status        what it does; a ValueError, OSError or ImportError becomes one line on stderr
+
+and an entry in `COMMANDS`.
+"""
 
 import argparse
 import importlib
@@ -10,14 +19,15 @@ from pathlib import Path
 
 from esg_jax import __version__
 
-# name -> (module with `add_parsers(subparsers)`, one line of help). Modules may offer several names.
+# name -> (module, one line of help)
 COMMANDS = {
-    "predict": ("esg_jax.inference.commands", "entity masks of an image or a folder"),
-    "ground": ("esg_jax.inference.ground_commands", "which masks a text speaks of"),
-    "convert": ("esg_jax.interop.commands", "checkpoints from PyTorch and to PyTorch"),
-    "export": ("esg_jax.interop.commands", "compiled inference as a file that needs only jax"),
-    "evaluate": ("esg_jax.evaluation.commands", "score saved predictions with the papers' metrics"),
+    "predict": ("esg_jax.cli.predict", "entity masks of an image or a folder"),
+    "ground": ("esg_jax.cli.ground", "which masks a text speaks of"),
+    "evaluate": ("esg_jax.cli.evaluate", "score saved predictions with the papers' metrics"),
+    "convert": ("esg_jax.cli.convert", "checkpoints from PyTorch and to PyTorch"),
+    "export": ("esg_jax.cli.export", "compiled inference as a file that needs only jax"),
 }
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,9 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     _keep_compiled_programs()
     try:
         return args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"esg {argv[0]}: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def make_parser(chosen: str) -> argparse.ArgumentParser:
@@ -41,12 +54,16 @@ def make_parser(chosen: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"esg_jax {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    module = COMMANDS.get(chosen, (None,))[0]
-    if module:
-        importlib.import_module(module).add_parsers(subparsers)
-    for name, (other, text) in COMMANDS.items():
-        if other != module:
+    for name, (module, text) in COMMANDS.items():
+        if name != chosen:
             subparsers.add_parser(name, help=text)
+            continue
+        command = importlib.import_module(module)
+        about = dict(description=command.DESCRIPTION, epilog=command.EXAMPLES)
+        style = argparse.RawDescriptionHelpFormatter
+        subparser = subparsers.add_parser(name, help=text, formatter_class=style, **about)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
     return parser
 
 
@@ -56,7 +73,3 @@ def _keep_compiled_programs() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "esg_jax" / platform.node()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

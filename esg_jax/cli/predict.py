@@ -2,16 +2,16 @@
 
 import argparse
 import json
-import sys
-import time
 from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+
+from esg_jax.cli.image_job import ImageJob, add_image_arguments, mesh_of, run_job
 
 FORMATS = ("overlay", "labels", "json", "npz")
-OK, FAILED, USAGE = 0, 1, 2
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Finds the entities of one image or of every image in a folder, and writes for each NAME into --out
 
   overlay  NAME_overlay.png   the photograph with tinted, outlined entities and their scores
@@ -21,7 +21,7 @@ Finds the entities of one image or of every image in a folder, and writes for ea
 
 A bad file is reported at the end and the job goes on; the exit status is 1 when any failed, 2 for a wrong command."""
 
-_EXAMPLES = """\
+EXAMPLES = """\
 examples:
   esg predict photo.jpg --out masks                            the weights that ship with the package
   esg predict photos/ --out masks --threshold 0.3              keep less certain entities, too
@@ -31,18 +31,10 @@ examples:
   esg evaluate entity-ap --gt val.json --pred pred/predictions.json"""
 
 
-def add_parsers(subparsers: Any) -> None:
-    """Adds `predict` to the `esg` command; it sets `run(args) -> exit status`."""
-    parser = subparsers.add_parser(
-        "predict",
-        help="entity masks of an image or a folder",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Images, model, and what is kept of the entities."""
+    add_image_arguments(parser)
     add = parser.add_argument
-    add("path", metavar="IMAGE_OR_FOLDER", type=Path, help="an image file, or a folder of them (not searched deeper)")
-    add("--out", metavar="DIR", type=Path, required=True, help="folder for the results; created when missing")
     add(
         "--checkpoint",
         metavar="FILE",
@@ -64,14 +56,8 @@ def add_parsers(subparsers: Any) -> None:
     add("--buckets", type=_buckets, default=(), metavar="HxW,...",
         help="pad views to the smallest of these sizes (multiples of 32) instead of the next multiples of 32: fewer "
         "compilations for folders of mixed shapes, slightly different masks")  # fmt: skip
-    add("--batch-size", type=positive, default=1, metavar="N",
-        help="images per step, split over the local devices (default: 1)")  # fmt: skip
-    add("--precision", choices=("float32", "bfloat16"), default="float32",
-        help="of the computation (default: float32; bfloat16 is faster on GPU and TPU)")  # fmt: skip
     add("--image-ids", metavar="FILE", type=Path,
         help="COCO JSON that gives the images' ids, by file name (default: 1, 2, ...)")  # fmt: skip
-    add("--strict", action="store_true", help="stop at the first bad file")
-    parser.set_defaults(run=run)
 
 
 def _formats(text: str) -> list[str]:
@@ -90,52 +76,9 @@ def _buckets(text: str) -> tuple[tuple[int, int], ...]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected sizes like 800x1088,1088x800") from error
 
 
-def positive(text: str) -> int:
-    """Argument type: an integer from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
 def run(args: argparse.Namespace) -> int:
     """Predicts; returns the exit status."""
-    from esg_jax.input.image_io import list_images
-
-    try:
-        images = list_images(args.path)
-        image_ids = _read_image_ids(args.image_ids, images)
-        args.out.mkdir(parents=True, exist_ok=True)
-        predictor = _make_predictor(args)
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, ValueError) as error:
-        print(f"esg predict: {error}", file=sys.stderr)
-        return USAGE
-    job = _Job(args, images, image_ids)
-    started = time.monotonic()
-    try:
-        finished = job.run(predictor)
-    finally:  # also after Ctrl-C: what is done is not lost
-        job.close()
-    job.report(time.monotonic() - started)
-    return OK if finished and not job.failures else FAILED
-
-
-def _make_predictor(args: argparse.Namespace):
-    import jax
-    import jax.numpy as jnp
-
-    from esg_jax.inference.entities.predictor import Predictor
-
-    return Predictor.from_checkpoint(
-        args.checkpoint,
-        dtype=getattr(jnp, args.precision),
-        views=args.views,
-        min_size=args.min_size,
-        max_size=args.max_size,
-        score_mode=args.score_mode,
-        buckets=args.buckets,
-        devices=jax.local_devices()[: args.batch_size],
-    )
+    return run_job("predict", _Job, args)
 
 
 def _read_image_ids(path: Path | None, images: list[Path]) -> list[int]:
@@ -163,41 +106,42 @@ def _image_id(image: Path, candidates: list[tuple[Path, int]], listing: Path) ->
     return candidates[0][1]
 
 
-class _Job:
+class _Job(ImageJob):
     """Runs the images through the predictor and writes their files."""
 
-    def __init__(self, args: argparse.Namespace, images: list[Path], image_ids: list[int]):
-        from esg_jax.inference.entities.entity_files import CocoFile
+    activity = "predicting"
 
-        self.args, self.images, self.image_ids = args, images, image_ids
-        self.stems = unique_stems(images)
+    def __init__(self, args: argparse.Namespace):
+        from esg_jax.inference.entities.entity_files import CocoFile
+        from esg_jax.inference.entities.predictor import Predictor
+
+        super().__init__(args)
+        self.image_ids = _read_image_ids(args.image_ids, self.images)
+        names = ("views", "min_size", "max_size", "score_mode", "buckets")
+        options = {name: getattr(args, name) for name in names}
+        self.predictor = Predictor.from_checkpoint(args.checkpoint, dtype=args.precision, mesh=mesh_of(args), **options)
         self.coco = CocoFile()
-        self.failures: list[tuple[Path, Exception]] = []
         self.done = self.entities = 0
         self.best_score = 0.0
 
-    def run(self, predictor) -> bool:
-        """False when `--strict` stopped the job."""
-        from concurrent.futures import Future, ThreadPoolExecutor
-
-        # Files are drawn and compressed while the next images are predicted; at most four wait.
+    def work(self) -> Iterator[None]:
+        """Predicts; files are drawn and compressed while the next images are predicted, at most four wait."""
         writing: deque[tuple[int, Future]] = deque()
-        with progress(len(self.images), "predicting") as advance, ThreadPoolExecutor(2) as pool:
-            for index, result in predictor.predict_many(self.images, batch_size=self.args.batch_size):
-                if isinstance(result, Exception):
-                    self.failures.append((self.images[index], result))
-                else:
-                    writing.append((index, pool.submit(self._write, index, result)))
-                while len(writing) > 4:
+        with ThreadPoolExecutor(2) as pool:
+            try:
+                for index, result in self.predictor.predict_many(self.images, batch_size=self.args.batch_size):
+                    if isinstance(result, Exception):
+                        self.failures.append((self.images[index], result))
+                    else:
+                        writing.append((index, pool.submit(self._write, index, result)))
+                    while len(writing) > 4:
+                        self._settle(*writing.popleft())
+                    yield
+            finally:
+                while writing:
                     self._settle(*writing.popleft())
-                if self.failures and self.args.strict:
-                    break
-                advance()
-            while writing:
-                self._settle(*writing.popleft())
-        return not (self.failures and self.args.strict)
 
-    def _settle(self, index: int, job) -> None:
+    def _settle(self, index: int, job: Future) -> None:
         try:
             kept = job.result()
         except (OSError, ValueError) as error:
@@ -224,10 +168,12 @@ class _Job:
         return kept
 
     def close(self) -> None:
+        """Writes the COCO file."""
         if "json" in self.args.formats and self.done:
             self.coco.write(self.args.out / "predictions.json")
 
-    def report(self, seconds: float) -> None:
+    def summary(self, seconds: float) -> None:
+        """Counts images and entities."""
         if self.done:
             print(
                 f"{self.done} image{'s' * (self.done != 1)}, {self.entities} entities in {seconds:.0f} s; "
@@ -238,36 +184,3 @@ class _Job:
                     f"no entity reached the threshold {self.args.threshold:g}, the best score was "
                     f"{self.best_score:.2f}: try a lower --threshold"
                 )
-        for path, error in self.failures:
-            message = str(error)
-            print(f"failed: {message if path.name in message else f'{path}: {message}'}", file=sys.stderr)
-        if self.failures:
-            stopped = ", stopped at the first (--strict)" if self.args.strict else ""
-            print(f"{len(self.failures)} of {len(self.images)} images failed{stopped}", file=sys.stderr)
-
-
-def unique_stems(images: list[Path]) -> list[str]:
-    """Output names: the stem, or the whole name where two images share a stem."""
-    stems = [image.stem for image in images]
-    return [image.name if stems.count(image.stem) > 1 else image.stem for image in images]
-
-
-def progress(total: int, text: str):
-    """Context manager that yields `advance()`; a bar with the time left, only when attached to a terminal."""
-    import contextlib
-
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    @contextlib.contextmanager
-    def bar():
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as shown:
-            task = shown.add_task(f"compiling, then {text}", total=total)
-
-            def advance() -> None:
-                shown.update(task, advance=1, description=text)
-
-            yield advance
-
-    return bar()

@@ -9,9 +9,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from esg_jax.cli import main
+from esg_jax.cli import ground, main, make_parser
 from esg_jax.evaluation.tasks_grounding import phrase_grounding, referring_segmentation
-from esg_jax.inference import ground_commands
 from esg_jax.inference.grounding import grounding_files
 from esg_jax.weights import save_weights
 
@@ -32,7 +31,7 @@ def folder(tmp_path_factory, pictures):
 @pytest.fixture
 def esg(monkeypatch, grounder, folder, tmp_path, capsys):
     """`esg(*arguments)` -> exit status, stdout, stderr; the model is loaded already."""
-    monkeypatch.setattr(ground_commands, "open_grounder", lambda args: grounder)
+    monkeypatch.setattr(ground, "open_grounder", lambda args: grounder)
 
     def run(*arguments, image="images", masks="masks"):
         argv = ["ground", str(folder / image), "--out", str(tmp_path), *arguments]
@@ -110,7 +109,7 @@ def test_a_word_that_is_not_in_the_image(esg, monkeypatch, grounder, tmp_path):
     """Nothing scores high enough: "not found" instead of a random mask, in every way of asking."""
     sober = copy.copy(grounder)
     sober.config = dataclasses.replace(sober.config, threshold=1.0, min_score=1.0, empty_score=1.0)
-    monkeypatch.setattr(ground_commands, "open_grounder", lambda args: sober)
+    monkeypatch.setattr(ground, "open_grounder", lambda args: sober)
     for arguments in (("--text", "a zebra", "--phrases", "zebra"), ("--refer", "zebra"), ("--question", "a zebra?")):
         status, out, _ = esg(*arguments, "--no-pictures")
         assert status == 0 and out.count("not found (best ") == 3
@@ -137,7 +136,7 @@ def test_a_word_that_is_not_in_the_image(esg, monkeypatch, grounder, tmp_path):
     ],
 )
 def test_wrong_use(monkeypatch, folder, tmp_path, capsys, arguments, options, message):
-    monkeypatch.setattr(ground_commands, "open_grounder", lambda args: pytest.fail("nothing slow before the checks"))
+    monkeypatch.setattr(ground, "open_grounder", lambda args: pytest.fail("nothing slow before the checks"))
     argv = ["ground", str(folder / options.get("image", "images")), "--out", str(tmp_path), *arguments]
     assert main([*argv, "--masks", str(folder / options.get("masks", "masks"))]) == 2
     assert message in capsys.readouterr().err
@@ -146,7 +145,7 @@ def test_wrong_use(monkeypatch, folder, tmp_path, capsys, arguments, options, me
 def test_model_errors(folder, tmp_path, capsys, tiny_checkpoint):
     argv = ["ground", str(folder / "images"), "--out", str(tmp_path), "--caption", "--masks", str(folder / "masks")]
     for extra, message in (
-        (["--model", str(tmp_path / "none.safetensors")], "no GELLA weights at"),
+        (["--model", str(tmp_path / "none.safetensors")], "no checkpoint at"),
         (["--model", str(tiny_checkpoint)], "does not say which tokenizer it needs; give --tokenizer"),
         (["--model", str(tiny_checkpoint), "--rule", "thresold=1"], "thresold"),
         (["--model", str(tiny_checkpoint), "--rule", "threshold"], "expected NAME=VALUE"),
@@ -165,10 +164,8 @@ def test_a_model_file_says_what_it_needs(tmp_path, tiny_gella, capsys):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     known = {"tokenizer": str(tmp_path / "tokenizer.json"), "conversation": "chatml", "rules": {"threshold": 0.4}}
     save_weights(tmp_path / "gella.safetensors", tiny_gella, {"grounding": known})
-    parser = ground_commands.argparse.ArgumentParser()
-    ground_commands.add_parsers(parser.add_subparsers())
     argv = ["ground", "x.png", "--out", "y", "--caption", "--model", str(tmp_path / "gella.safetensors")]
-    grounder = ground_commands.open_grounder(parser.parse_args([*argv, "--rule", "min_score=0.2"]))
+    grounder = ground.open_grounder(make_parser("ground").parse_args([*argv, "--rule", "min_score=0.2"]))
     assert (grounder.config.threshold, grounder.config.min_score) == (0.4, 0.2)
     assert grounder.tokenizer.seg_id == 62 and grounder.prompts.system.startswith("You look at pictures")
 

@@ -1,17 +1,20 @@
-"""`esg convert` and `esg export`."""
+"""`esg convert`: checkpoints from PyTorch and to PyTorch."""
 
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-_CONVERT_HELP = """\
+from esg_jax.cli import FAILED, OK
+
+DESCRIPTION = """\
 Checkpoints from PyTorch and to PyTorch. The source's format shows in its content: the reference code's CropFormer and
 Mask2Former (.pth, .pkl, .safetensors), transformers' Mask2Former, LLaVA, LLaMA and CLIP (a folder, sharded or not),
 LLaVA's own files, or weights of ours. Reading a .pth never runs code from it. Every tensor must find its place, or the
 command fails and lists the names.
 """
-_CONVERT_EXAMPLES = """\
+EXAMPLES = """\
 examples:
   esg convert CropFormer_swin_tiny_3x.pth cropformer_swin_t.safetensors
   esg convert mask2former/ weights.safetensors            (a folder of transformers)
@@ -21,19 +24,13 @@ examples:
   esg convert llava-1.5-7b-hf/ llava.safetensors --dtype bfloat16
   esg convert llava-v1.5-7b/ llava.safetensors --vision clip-vit-large-patch14-336/     (LLaVA's own files lack CLIP)
 """
-_EXPORT_EXAMPLES = """\
-examples:
-  esg export weights.safetensors program/ --height 832 --width 1344
-  esg export --check program/                             (runs it here, compares with the golden outputs)
-"""
 
 
-def add_parsers(subparsers: argparse._SubParsersAction) -> None:
-    """Adds the subcommands."""
-    convert = _parser(subparsers, "convert", _CONVERT_HELP, _CONVERT_EXAMPLES)
-    convert.add_argument("source", type=Path, help="checkpoint to read: a file, an index file or a folder")
-    convert.add_argument("target", type=Path, help="checkpoint to write")
-    add = convert.add_argument
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is read, what is written, and what may differ."""
+    add = parser.add_argument
+    add("source", type=Path, help="checkpoint to read: a file, an index file or a folder")
+    add("target", type=Path, help="checkpoint to write")
     add(
         "--format",
         choices=("ours", "reference", "transformers", "original"),
@@ -54,43 +51,10 @@ def add_parsers(subparsers: argparse._SubParsersAction) -> None:
     add("--vocab-size", type=int, metavar="N", help="rows of a language model to write (LLaVA's own files: 32000)")
     add("--verify", action="store_true", help="run PyTorch's model and ours on one input (needs the torch extra)")
     add("--tolerance", type=float, default=1e-4, help="largest absolute difference --verify accepts (default: 1e-4)")
-    convert.set_defaults(run=run_convert)
-
-    export = _parser(
-        subparsers,
-        "export",
-        "Compiled inference (StableHLO for CPU, CUDA and TPU in one file) with weights and golden outputs.",
-        _EXPORT_EXAMPLES,
-    )
-    add = export.add_argument
-    add("checkpoint", type=Path, nargs="?", help="weights of ours or any PyTorch checkpoint that converts")
-    add("folder", type=Path, help="folder to write, or to check")
-    add("--height", type=int, default=832, help="padded height of the views, a multiple of 32 (default: 832)")
-    add("--width", type=int, default=1344, help="padded width of the views, a multiple of 32 (default: 1344)")
-    add("--views", type=int, help="views per image; default: 5 with view association, else 1")
-    add("--batch-size", type=int, default=1, help="images per call (default: 1)")
-    add("--platforms", default="cpu,cuda,tpu", help="comma-separated (default: cpu,cuda,tpu)")
-    add("--check", action="store_true", help="run an exported program here and compare with its golden outputs")
-    add("--tolerance", type=float, default=1e-4, help="largest absolute difference --check accepts (default: 1e-4)")
-    export.set_defaults(run=run_export)
 
 
-def _parser(subparsers, name: str, description: str, examples: str) -> argparse.ArgumentParser:
-    return subparsers.add_parser(
-        name, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-
-
-def run_convert(args: argparse.Namespace) -> int:
-    """Runs `esg convert`; returns the exit status."""
-    try:
-        return _convert(args)
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-
-
-def _convert(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Converts; returns the exit status."""
     import jax.numpy as jnp
 
     from esg_jax import weights
@@ -120,14 +84,14 @@ def _convert(args: argparse.Namespace) -> int:
             args.target, open_checkpoint(args.source), stored, target_format, **options
         ):
             print(f"wrote {path}")
-        return _verify(args, weights.load_model(args.source)) if args.verify else 0
+        return _verify(args, weights.load_model(args.source)) if args.verify else OK
     if args.vocab_size is not None and not language:
         raise ValueError("--vocab-size is for language models in weights of ours")
     options = dict(config=config, num_heads=args.num_heads, allow_unused=args.allow_unused, vision=args.vision)
     if target_format == "ours" and not args.allow_missing:
         report = checkpoints.convert_to_file(args.source, args.target, dtype=jnp.dtype(args.dtype), **options)
         print(f"{args.target}: {report}")
-        return 0
+        return OK
     if ours:
         model = weights.load_model(args.source)
     else:
@@ -136,10 +100,10 @@ def _convert(args: argparse.Namespace) -> int:
     if target_format == "ours":
         weights.save_weights(args.target, model, {"source": args.source.name}, dtype=jnp.dtype(args.dtype))
         print(f"wrote {args.target}")
-        return 0
+        return OK
     for path in checkpoints.save_checkpoint(args.target, model, target_format):
         print(f"wrote {path}")
-    return _verify(args, model) if args.verify else 0
+    return _verify(args, model) if args.verify else OK
 
 
 def _verify(args: argparse.Namespace, model) -> int:
@@ -148,48 +112,26 @@ def _verify(args: argparse.Namespace, model) -> int:
     from esg_jax.models.gella import Gella
 
     if isinstance(model, Gella):
-        run = verify_gella
+        run_both = verify_gella
     elif not isinstance(model, CropFormer):
-        run = verify_language
+        run_both = verify_language
     else:
-        run = verify_transformers if args.target.is_dir() else verify_reference
-    differences = run(args.target, model)
-    for item in differences:
-        print(f"{item.output}: max abs difference {item.absolute:.2e}, relative {item.relative:.2e}")
-    if any(not item.absolute <= args.tolerance for item in differences):
-        print(f"error: above the tolerance of {args.tolerance:g}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def run_export(args: argparse.Namespace) -> int:
-    """Runs `esg export`; returns the exit status."""
-    from esg_jax.interop.program import check_program, export_program
-
+        run_both = verify_transformers if args.target.is_dir() else verify_reference
     try:
-        if args.check:
-            differences = check_program(args.folder)
-            for name, difference in differences.items():
-                print(f"{name}: max abs difference {difference:.2e}")
-            if any(not difference <= args.tolerance for difference in differences.values()):
-                print(f"error: above the tolerance of {args.tolerance:g}", file=sys.stderr)
-                return 1
-            return 0
-        if args.checkpoint is None:
-            raise ValueError("name a checkpoint and a folder (or --check FOLDER)")
-        import esg_jax
+        differences = run_both(args.target, model)
+    except RuntimeError as error:  # PyTorch's words for a file that does not fit its network
+        raise ValueError(f"{args.target}: {error}") from error
+    lines = {item.output: f"{item.absolute:.2e}, relative {item.relative:.2e}" for item in differences}
+    return report_differences({item.output: item.absolute for item in differences}, args.tolerance, lines)
 
-        export_program(
-            args.folder,
-            esg_jax.load(args.checkpoint),
-            height=args.height,
-            width=args.width,
-            views=args.views,
-            batch=args.batch_size,
-            platforms=args.platforms.split(","),
-        )
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"wrote {args.folder}; `esg export --check {args.folder}` runs it")
-    return 0
+
+def report_differences(
+    differences: Mapping[str, float], tolerance: float, shown: Mapping[str, str] | None = None
+) -> int:
+    """Prints the largest absolute difference of every output; the exit status says whether all are small enough."""
+    for name, difference in differences.items():
+        print(f"{name}: max abs difference {shown[name] if shown else f'{difference:.2e}'}")
+    if any(not difference <= tolerance for difference in differences.values()):
+        print(f"error: above the tolerance of {tolerance:g}", file=sys.stderr)
+        return FAILED
+    return OK

@@ -2,14 +2,13 @@
 
 import argparse
 import json
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from esg_jax.inference.commands import FAILED, OK, USAGE, positive, progress, unique_stems
+from esg_jax.cli.image_job import ImageJob, add_image_arguments, mesh_of, positive, run_job
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Finds the entities that a text speaks of, in one image or in every image of a folder. Say what to ground with one of
 
   --caption            the model describes the image and grounds its own nouns
@@ -25,7 +24,7 @@ Masks come from the packaged CropFormer, or from anywhere else with --masks. Wri
 
 A bad file is reported at the end and the job goes on; the exit status is 1 when any failed, 2 for a wrong command."""
 
-_EXAMPLES = """\
+EXAMPLES = """\
 examples:
   esg ground photo.jpg --out found --text "a dog next to two red chairs" --phrases dog "two red chairs"
   esg ground photo.jpg --out found --refer "the cup on the left" --masks photo_masks.png
@@ -38,18 +37,10 @@ predict`), .npy or .npz, or a folder of binary PNGs; for a folder of images a fo
 named like it."""
 
 
-def add_parsers(subparsers: Any) -> None:
-    """Adds `ground` to the `esg` command; it sets `run(args) -> exit status`."""
-    parser = subparsers.add_parser(
-        "ground",
-        help="which masks a text speaks of",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Images, what is asked, where masks come from, and the model."""
+    add_image_arguments(parser)
     add = parser.add_argument
-    add("path", metavar="IMAGE_OR_FOLDER", type=Path, help="an image file, or a folder of them (not searched deeper)")
-    add("--out", metavar="DIR", type=Path, required=True, help="folder for the results; created when missing")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--caption", action="store_true", help="describe the image, then ground the description")
     task.add_argument("--text", metavar="TEXT", help="ground the nouns of TEXT")
@@ -83,46 +74,23 @@ def add_parsers(subparsers: Any) -> None:
         help="a field of GroundingConfig: threshold=0.4, refer_merge=threshold, "
         "output_masks=reconstructed, ...")  # fmt: skip
     model.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
-    model.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images per step (default: 1)")
-    model.add_argument("--precision", choices=("float32", "bfloat16"), default="float32",
-        help="of the computation (default: float32)")  # fmt: skip
     add("--no-pictures", action="store_true", help="write the JSON only")
-    add("--strict", action="store_true", help="stop at the first bad file")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Grounds; returns the exit status."""
-    from esg_jax.input.image_io import list_images
-
-    try:
-        images = list_images(args.path)
-        names, stuff = _names(args.categories, "--categories"), _names(args.stuff, "--stuff")
-        _check(args, names, stuff)
-        masks = _Masks(args, images)
-        args.out.mkdir(parents=True, exist_ok=True)
-        grounder = open_grounder(args)
-        masks.open(grounder.max_entities)
-    except (FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, ValueError, ImportError) as error:
-        print(f"esg ground: {error}", file=sys.stderr)
-        return USAGE
-    job = _Job(args, images, names, stuff)
-    started = time.monotonic()
-    try:
-        finished = job.run(grounder, masks)
-    finally:  # also after Ctrl-C: what is done is not lost
-        job.close()
-    job.report(time.monotonic() - started)
-    return OK if finished and not job.failures else FAILED
+    return run_job("ground", _Job, args)
 
 
 def open_grounder(args: argparse.Namespace):
     """The model with its tokenizer and wording; what the command line leaves open is looked up in the weights."""
-    from esg_jax.inference.grounding.load_grounder import load_grounder, read_rules
+    from esg_jax.inference.grounding.decisions import read_rules
+    from esg_jax.inference.grounding.grounder import Grounder
 
-    names = ("tokenizer", "conversation", "prompts", "nouns", "precision", "batch_size", "max_new_tokens")
+    names = ("tokenizer", "conversation", "prompts", "nouns", "batch_size", "max_new_tokens")
     options = {name: getattr(args, name) for name in names}
-    return load_grounder(args.model, rules=read_rules(args.rule, "--rule"), **options)
+    rules = read_rules(args.rule, "--rule")
+    return Grounder.from_checkpoint(args.model, dtype=args.precision, mesh=mesh_of(args), rules=rules, **options)
 
 
 def _names(text: str | None, option: str) -> list[str]:
@@ -156,7 +124,7 @@ def _check(args: argparse.Namespace, names: list[str], stuff: list[str]) -> None
 class _Masks:
     """Where the masks of an image come from: files, or a segmenter."""
 
-    def __init__(self, args: argparse.Namespace, images: list[Path]):
+    def __init__(self, args: argparse.Namespace, images: list[Path], stems: list[str]):
         from esg_jax.input.mask_files import mask_file_of
 
         self.args, self.predictor = args, None
@@ -169,7 +137,7 @@ class _Masks:
         whole = path.suffix == ".json" or len(images) == 1
         if path.is_file() and not whole:
             raise ValueError(f"--masks {path} is one file for {len(images)} images; give a COCO JSON or a folder")
-        for image, stem in zip(images, unique_stems(images), strict=True):
+        for image, stem in zip(images, stems, strict=True):
             try:
                 self.files[image] = mask_file_of(path, stem)
             except FileNotFoundError:
@@ -204,54 +172,55 @@ class _Masks:
         return disjoint_masks(masks, max_entities=self.max_entities, **options)
 
 
-class _Job:
+class _Job(ImageJob):
     """Runs the images through the grounder and writes their files."""
 
-    def __init__(self, args: argparse.Namespace, images: list[Path], names: list[str], stuff: list[str]):
-        self.args, self.images, self.names = args, images, names
-        self.things = [name not in stuff for name in names]
-        self.stems = dict(zip(images, unique_stems(images), strict=True))
-        self.results: list[tuple[Path, Any]] = []
-        self.failures: list[tuple[Path, Exception]] = []
+    activity = "grounding"
 
-    def run(self, grounder, masks: _Masks) -> bool:
-        """False when `--strict` stopped the job."""
+    def __init__(self, args: argparse.Namespace):
+        self.names, stuff = _names(args.categories, "--categories"), _names(args.stuff, "--stuff")
+        _check(args, self.names, stuff)
+        super().__init__(args)
+        self.things = [name not in stuff for name in self.names]
+        self.results: list[tuple[Path, Any]] = []
+        self.masks = _Masks(args, self.images, self.stems)
+        self.grounder = open_grounder(args)
+        self.masks.open(self.grounder.max_entities)
+
+    def work(self) -> Iterator[None]:
+        """Grounds, a batch at a time."""
         from esg_jax.input.image_io import load_image
 
-        batch: list[tuple[Path, Any, Any]] = []
-        with progress(len(self.images), "grounding") as advance:
-            for position, image in enumerate(self.images, start=1):
-                try:
-                    pixels = load_image(image)
-                    batch.append((image, pixels, masks.of(image, pixels)))
-                except (FileNotFoundError, ValueError) as error:
-                    self.failures.append((image, error))
-                    advance()
-                if len(batch) == self.args.batch_size or (batch and position == len(self.images)):
-                    self._ground(grounder, batch)
-                    for _ in batch:
-                        advance()
-                    batch = []
-                if self.failures and self.args.strict:
-                    return False
-        return True
+        batch: list[tuple[int, Any, Any]] = []
+        for index, image in enumerate(self.images):
+            try:
+                pixels = load_image(image)
+                batch.append((index, pixels, self.masks.of(image, pixels)))
+            except (FileNotFoundError, ValueError) as error:
+                self.failures.append((image, error))
+                yield
+            if len(batch) == self.args.batch_size or (batch and index + 1 == len(self.images)):
+                self._ground(batch)
+                for _ in batch:
+                    yield
+                batch = []
 
-    def _ground(self, grounder, batch: list[tuple[Path, Any, Any]]) -> None:
+    def _ground(self, batch: list[tuple[int, Any, Any]]) -> None:
         from esg_jax.inference.grounding import grounding_files
 
-        images, pixels, masks = zip(*batch, strict=True)
+        indices, pixels, masks = zip(*batch, strict=True)
         try:
-            results = self._task(grounder, grounder.look(pixels, masks))
+            results = self._task(self.grounder.look(pixels, masks))
         except ValueError as error:  # of the text, so of every image
-            self.failures += [(image, error) for image in images]
+            self.failures += [(self.images[index], error) for index in indices]
             return
-        for image, shown, result in zip(images, pixels, results, strict=True):
+        for index, shown, result in zip(indices, pixels, results, strict=True):
             if not self.args.no_pictures:
-                grounding_files.write_picture(self.args.out / f"{self.stems[image]}_grounding.png", shown, result)
-            self.results.append((image, result))
+                grounding_files.write_picture(self.args.out / f"{self.stems[index]}_grounding.png", shown, result)
+            self.results.append((self.images[index], result))
 
-    def _task(self, grounder, scenes) -> list[Any]:
-        args, count = self.args, len(scenes)
+    def _task(self, scenes) -> list[Any]:
+        args, grounder, count = self.args, self.grounder, len(scenes)
         if args.categories:
             if args.instances:
                 return grounder.instances(scenes, self.names)
@@ -264,11 +233,13 @@ class _Job:
         return grounder.ground(scenes, [args.text] * count, phrases)
 
     def close(self) -> None:
+        """Writes the JSON."""
         if self.results:
             records = [{"image": image.name, **result.to_dict()} for image, result in self.results]
             (self.args.out / "grounding.json").write_text(json.dumps(records))
 
-    def report(self, seconds: float) -> None:
+    def summary(self, seconds: float) -> None:
+        """What was found, image by image when they are few."""
         for image, result in self.results if len(self.results) <= 10 else ():
             print(f"{image.name}: {_summary(result)}")
         if self.results:
@@ -280,11 +251,6 @@ class _Job:
                 f"in {lost} of {len(self.results)} images the model found none of the masks again, so nothing could be "
                 "grounded: it is not trained enough, or the masks are smaller than its colormap shows"
             )
-        for path, error in self.failures:
-            message = str(error)
-            print(f"failed: {message if path.name in message else f'{path}: {message}'}", file=sys.stderr)
-        if self.failures:
-            print(f"{len(self.failures)} of {len(self.images)} images failed", file=sys.stderr)
 
 
 def _summary(result: Any) -> str:
