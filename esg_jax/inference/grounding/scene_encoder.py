@@ -40,7 +40,11 @@ class SceneEncoder:
         """See `Grounder.look`; `config` says which query speaks for an entity."""
         count = self._model.num_queries
         for number, (image, entities) in enumerate(zip(images, masks, strict=True), start=1):
-            if entities.size != (size := size_of(image)):
+            try:
+                size = size_of(image)
+            except ValueError as error:
+                raise ValueError(f"image {number}: {error}") from error
+            if entities.size != size:
                 raise ValueError(f"image {number} is {size}, its masks are {entities.size} (height, width)")
             if not 0 < len(entities) <= count:
                 raise ValueError(

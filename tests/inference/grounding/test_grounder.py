@@ -206,7 +206,7 @@ def test_bad_input(grounder, scenes, pictures, tiny_gella, short_prompts, word_t
         (lambda: grounder.refer(scenes[:1], [""]), "the text is empty"),
         (lambda: grounder.panoptic(scenes[:1], ["a", "b"], [True]), "1 is_thing for 2 names"),
         (lambda: grounder.look(images[:1], masks[1:2]), "image 1 is (40, 60), its masks are (60, 40)"),
-        (lambda: grounder.look([images[0].astype(np.float32)], masks[:1]), "image 1 is float32"),
+        (lambda: grounder.look([images[0].astype(np.float32)], masks[:1]), "image 1: expected an RGB uint8 array"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             call()
