@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from esg_jax.evaluation.main import run
 from esg_jax.evaluation.tasks import task_from_dict
+from esg_jax.sharding import make_mesh, parse_mesh
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), see configs/recipes.")
 _OPTIONS = (
@@ -29,14 +30,19 @@ _OPTIONS = (
     flags.DEFINE_integer("workers", 1, "Processes that score."),
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of the network."),
 )
+_MESH = flags.DEFINE_string("mesh", None, "DATA,FSDP,MODEL devices: images over the first two, weights over the last.")
 _MULTIHOST = flags.DEFINE_bool("multihost", False, "Connect to the other hosts first; --out must be a shared folder.")
 
 
 def main(_):
     options = {flag.name: flag.value for flag in _OPTIONS}
     try:
-        if _MULTIHOST.value and not options["predictions"]:
-            jax.distributed.initialize()
+        if not options["predictions"]:
+            if _MULTIHOST.value:
+                jax.distributed.initialize()
+            options["mesh"] = (
+                parse_mesh(_MESH.value) if _MESH.value else make_mesh(-1, 1, 1) if _MULTIHOST.value else None
+            )
         options["views"] = options["views"] and int(options["views"])
         run(task_from_dict(_CONFIG.value.to_dict()), **options)
     except (ValueError, FileNotFoundError) as error:

@@ -31,6 +31,7 @@ from esg_jax.evaluation import main as evaluation
 from esg_jax.evaluation.report import format_value
 from esg_jax.evaluation.tasks import task_from_dict
 from esg_jax.evaluation.tasks.task import EvalTask
+from esg_jax.inference.bundle import Bundle
 from esg_jax.input import grounding, pipeline
 from esg_jax.interop.convert import to_ours
 from esg_jax.interop.formats import detect
@@ -39,7 +40,7 @@ from esg_jax.interop.readers import open_checkpoint
 from esg_jax.models.gella import GellaConfig
 from esg_jax.text.tokenizers import open_tokenizer
 from esg_jax.train.checkpoint import Checkpointer
-from esg_jax.train.config import RunConfig
+from esg_jax.train.config import RunConfig, model_def
 from esg_jax.train.initial import fit_weights, read_weights
 from esg_jax.train.logging import MetricWriter, duration
 from esg_jax.train.loop import Hook, NonFiniteLossError, fit
@@ -156,15 +157,26 @@ def check_recipe(config: RunConfig, recipe: EvalTask | None) -> None:
 def evaluate(
     config: RunConfig, recipe: EvalTask, step: TrainStep, workdir: Path, writer: MetricWriter, state: TrainState
 ) -> None:
-    """What `eval.py --workdir` would print now, into the log of the run."""
-    weights, out, start = export(config, step, state, workdir), workdir / "eval", time.monotonic()
-    files = evaluation.predict(recipe, weights, out)
+    """What `eval.py` would print for these weights, into the log of the run; they stay where they are."""
+    out, start = workdir / "eval", time.monotonic()
+    files = evaluation.predict(recipe, live_bundle(config, state), out)
     if jax.process_index() == 0:
         scores = evaluation.score(recipe, files, out)["metrics"]
         scores = {name: scores[name] for name in recipe.columns}
         writer.write(int(state.step), scores, prefix="eval/")
         line = ", ".join(f"{name} {format_value(value)}" for name, value in scores.items())
         log.info("evaluation at step %d: %s (%s)", int(state.step), line, duration(time.monotonic() - start))
+
+
+def live_bundle(config: RunConfig, state: TrainState) -> Bundle:
+    """The weights of a state, averaged if the run averages, on the mesh on which they are trained."""
+
+    def load():
+        weights = state.weights(average=state.ema is not None)
+        return model_def(config.model).merge(weights, weights)  # float32, as `eval.py`, whatever the run computes in
+
+    left_out = bool(unchanged(config, state.params))
+    return Bundle(f"step {int(state.step)}", load, config.model, inference_info(config, left_out))
 
 
 def initial_weights(config: RunConfig, shapes):

@@ -31,6 +31,7 @@ from esg_jax.evaluation.tasks import NarrativeTask, task_from_dict  # noqa: E402
 from esg_jax.evaluation.tasks.task import ModelRun  # noqa: E402
 from esg_jax.evaluation.tasks.text_task import linked_phrases  # noqa: E402
 from esg_jax.evaluation.workers import progress  # noqa: E402
+from esg_jax.inference.bundle import open_bundle  # noqa: E402
 from esg_jax.input.grounding import Strangers  # noqa: E402
 from esg_jax.input.grounding_readers import open_narratives  # noqa: E402
 from esg_jax.input.narratives import GroundingSourceConfig  # noqa: E402
@@ -53,8 +54,7 @@ def main() -> None:
     truth = task.truth()
     images = truth.images
     with tempfile.TemporaryDirectory() as folder, progress("GELLA", len(images)) as advance:
-        run = ModelRun(arguments.weights, Path(folder), advance=advance)
-        found = task.predict(truth, images, run)
+        found = task.predict(truth, ModelRun(open_bundle(arguments.weights), Path(folder), advance))
         methods = {"GELLA": found, **baselines(task)}
         scores = {}
         for name, records in methods.items():
@@ -76,7 +76,7 @@ def answered(task: NarrativeTask, weights: Path, *, draws: int = 2) -> dict[str,
     """
     narratives = open_narratives(GroundingSourceConfig(captions=task.captions, images=task.images))
     strangers = Strangers(narratives, np.flatnonzero(narratives.num_linked > 0))
-    grounder, entities = task.grounder(ModelRun(weights, Path())), task.input_entities()
+    grounder, entities = task.grounder(open_bundle(weights)), task.input_entities()
     rng = np.random.default_rng(0)
     out: dict[str, list[bool]] = {"absent": [], "present": []}
     for image in task.truth().content.images:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +20,7 @@ from esg_jax.evaluation import report
 from esg_jax.evaluation.metrics.errors import EvaluationError
 from esg_jax.evaluation.tasks.task import EvalTask, ModelRun
 from esg_jax.evaluation.workers import progress
+from esg_jax.inference.bundle import Bundle, open_bundle
 from esg_jax.viz import prediction_grid
 
 
@@ -31,6 +33,7 @@ def run(
     out: str | Path | None = None,
     views: int | None = None,
     dtype: str = "float32",
+    mesh: Mesh | None = None,
     workers: int = 1,
 ) -> None:
     """Predicts unless predictions are given, scores, prints.
@@ -43,6 +46,7 @@ def run(
         out: folder for predictions and results; default: `workdir`/eval.
         views: replaces that of the task.
         dtype: precision of the network.
+        mesh: devices that share weights and images; default: one device.
         workers: processes that score.
 
     Raises:
@@ -58,7 +62,7 @@ def run(
     if predictions:
         files = [Path(name) for name in predictions]
     else:
-        files = predict(task, weights_of(checkpoint, workdir), out, dtype)
+        files = predict(task, open_bundle(weights_of(checkpoint, workdir), dtype=dtype, mesh=mesh), out)
         if jax.process_index():
             return
     scores = score(task, files, out, workers=workers)
@@ -76,18 +80,23 @@ def weights_of(checkpoint: str | Path | None, workdir: str | Path | None) -> Pat
         raise EvaluationError("give --checkpoint FILE, --workdir FOLDER, or --predictions FILES to score again")
     path = Path(workdir) / "model.safetensors"
     if not path.is_file():
-        raise EvaluationError(f"{path} does not exist yet; train.py writes it whenever it evaluates or stops")
+        raise EvaluationError(f"{path} does not exist yet; train.py writes it when it stops")
     return path
 
 
-def predict(task: EvalTask, weights: Path, out: Path, dtype: str = "float32") -> list[Path]:
-    """Predictions of this process's share of the images, and the files that all processes write."""
+def predict(task: EvalTask, bundle: Bundle, out: Path) -> list[Path]:
+    """Predictions as files, one per process; all processes must call it, and share the work.
+
+    Args:
+        task: what is evaluated.
+        bundle: weights of a file, or of a training state where they are.
+        out: folder.
+    """
     out.mkdir(parents=True, exist_ok=True)
     truth, index, count = task.truth(), jax.process_index(), jax.process_count()
     files = [out / f"predictions{f'.{i}' if i else ''}.json" for i in range(count)]
-    images = truth.images[index::count]
-    with progress(task.name, len(images)) as advance:
-        files[index].write_text(json.dumps(task.predict(truth, images, ModelRun(weights, out, dtype, advance))))
+    with progress(task.name, len(truth.images)) as advance:
+        files[index].write_text(json.dumps(task.predict(truth, ModelRun(bundle, out, advance))))
     if count > 1:
         from jax.experimental import multihost_utils
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def load_checkpoint(
     num_heads: int | None = None,
     allow_missing: str | None = None,
     allow_unused: str | None = None,
-    shardings: Mapping[str, Any] | None = None,
+    shardings: Callable[[str, tuple[int, ...]], Any] | None = None,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
     seed: int = 0,
@@ -89,7 +89,8 @@ def load_checkpoint(
         allow_missing: regular expression of our parameters that keep their random initialisation, for example
             ``^association`` to start CropFormer from a Mask2Former.
         allow_unused: regular expression of their tensors that are ignored.
-        shardings: our name -> sharding; parameters go straight to their devices, one at a time.
+        shardings: our name and shape -> sharding, such as `esg_jax.sharding.Layout`; parameters go straight to their
+            devices, one at a time.
         dtype, param_dtype: of the computation and of the parameters.
         seed: of the parameters that `allow_missing` leaves at random.
 
@@ -183,9 +184,9 @@ def _with_vision(reader: CheckpointReader, path: str | Path) -> CheckpointReader
     return reader.joined({_TOWER + name: name for name in names}, clip)
 
 
-def _placed(arrays: Iterator[tuple[str, Any]], shardings: Mapping[str, Any] | None):
+def _placed(arrays: Iterator[tuple[str, Any]], shardings: Callable[[str, tuple[int, ...]], Any] | None):
     for name, array in arrays:
-        sharding = shardings[name] if shardings else None
+        sharding = shardings(name, array.shape) if shardings else None
         if not isinstance(array, Stacked):
             yield name, jax.device_put(array, sharding) if shardings else array
         elif shardings or jax.default_backend() != "cpu":
@@ -207,7 +208,10 @@ def _stacked_on_devices(stack: Stacked, sharding: Any) -> jax.Array:
 
 
 def load_part(
-    module: nnx.Module, source: str | Path | CheckpointReader, *, shardings: Mapping[str, Any] | None = None
+    module: nnx.Module,
+    source: str | Path | CheckpointReader,
+    *,
+    shardings: Callable[[str, tuple[int, ...]], Any] | None = None,
 ) -> tuple[nnx.Module, Report]:
     """A part of a model with the weights that a checkpoint holds for such a part, for example GELLA's from LLaVA's.
 
@@ -215,7 +219,7 @@ def load_part(
         module: a `ClipVision`, `ClipText`, `Projector` or `Llama`, concrete or abstract; it is not changed. The
             vocabulary of a `Llama` may be larger than the checkpoint's, see `load_checkpoint`.
         source: LLaVA, LLaMA or CLIP in any format (see `open_checkpoint`), or a reader that is open already.
-        shardings: name within the part -> sharding; parameters go straight to their devices.
+        shardings: name within the part and shape -> sharding; parameters go straight to their devices.
 
     Raises:
         FileNotFoundError: no such file.

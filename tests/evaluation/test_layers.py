@@ -50,5 +50,5 @@ def test_only_tasks_and_main_run_models():
 
 
 def test_scoring_loads_no_jax():
-    code = "import sys, esg_jax.evaluation.commands; assert 'jax' not in sys.modules"
+    code = "import sys, esg_jax.cli.evaluate; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

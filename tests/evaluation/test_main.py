@@ -15,7 +15,7 @@ from PIL import Image
 
 from esg_jax.evaluation import BestOverlap, EntityAP
 from esg_jax.evaluation.tasks import EntityTask
-from esg_jax.inference.predictor import Predictor
+from esg_jax.inference.entities.predictor import Predictor
 from esg_jax.masks import rle
 from esg_jax.models.backbones.swin import SwinConfig
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig

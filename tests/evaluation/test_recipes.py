@@ -1,12 +1,11 @@
 """Every recipe's command parses, names a known configuration, and quotes metrics that its result has."""
 
-import argparse
 import shlex
 
 import pytest
 
 from configs.recipes import reconstruction, sets, tables
-from esg_jax.evaluation import commands
+from esg_jax import cli
 from esg_jax.evaluation.metrics import averages
 from esg_jax.evaluation.tasks import task_from_dict
 
@@ -21,8 +20,7 @@ def test_every_table_has_a_recipe():
 
 @pytest.mark.parametrize("name", tables.RECIPES)
 def test_commands_are_valid(name):
-    parser = argparse.ArgumentParser()
-    commands.add_parsers(parser.add_subparsers())
+    parser = cli.make_parser("evaluate")
     for command in tables.RECIPES[name].command.split(" && "):
         words = shlex.split(command)
         if words[0] == "esg":

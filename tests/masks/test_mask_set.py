@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from esg_jax.inference.types import EntityPrediction
+from esg_jax.inference.entities.predictions import EntityPrediction
 from esg_jax.masks import disjoint_masks, rle
 from esg_jax.masks.read import read_masks
 

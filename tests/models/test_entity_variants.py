@@ -24,8 +24,8 @@ from esg_jax.models.entity_variants import (
     _geometry,
 )
 from esg_jax.models.gella import Gella, GellaConfig
+from esg_jax.sharding import make_mesh
 from esg_jax.train.optim import OptimConfig
-from esg_jax.train.sharding import make_mesh
 from esg_jax.train.state import ModelDef
 from esg_jax.train.step import TrainStep
 from esg_jax.train.tasks import GroundingTask

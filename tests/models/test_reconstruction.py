@@ -17,8 +17,8 @@ from esg_jax.models.mask_decoder import MaskDecoderConfig
 from esg_jax.models.pixel_decoder import PixelDecoderConfig
 from esg_jax.models.resoblend import ResoBlendConfig
 from esg_jax.ops.resize import resize_bilinear
+from esg_jax.sharding import make_mesh
 from esg_jax.train.optim import OptimConfig
-from esg_jax.train.sharding import make_mesh
 from esg_jax.train.state import ModelDef
 from esg_jax.train.step import TrainStep
 from esg_jax.train.tasks import GroundingTask

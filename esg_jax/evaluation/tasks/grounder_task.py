@@ -7,23 +7,23 @@ from typing import Any
 
 import numpy as np
 
-from esg_jax import weights
 from esg_jax.evaluation.formats.files import field
 from esg_jax.evaluation.metrics.errors import EvaluationError
-from esg_jax.evaluation.tasks.task import EvalTask, Images, ModelRun
-from esg_jax.inference.grounding import Grounder
-from esg_jax.inference.grounding_types import Scene
-from esg_jax.inference.load_grounder import load_grounder, read_rules
-from esg_jax.inference.predictor import Predictor
+from esg_jax.evaluation.tasks.task import EvalTask, ModelRun, Truth
+from esg_jax.inference.bundle import Bundle
+from esg_jax.inference.entities.predictor import Predictor
+from esg_jax.inference.grounding.decisions import read_rules
+from esg_jax.inference.grounding.grounder import Grounder
+from esg_jax.inference.grounding.results import Scene
 from esg_jax.input.readers import SourceConfig, open_source
 from esg_jax.input.records import Record
 from esg_jax.masks import MaskSet, NoMasksError, disjoint_masks, mask_file_of, read_masks
 from esg_jax.models.gella import GellaConfig
 
 
-def holds_gella(path: Path) -> bool:
+def holds_gella(bundle: Bundle) -> bool:
     """Whether the weights are GELLA's, which names entities."""
-    return weights.is_weights_file(path) and isinstance(weights.read_info(path)[0], GellaConfig)
+    return isinstance(bundle.config, GellaConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class GrounderTask(EvalTask):
     segmenter, mask_threshold: CropFormer checkpoint (empty: the packaged demo weights), and the least score of its
         entities.
     nouns: who lists the phrases of a text: "model", "rule", or empty: as the weights say.
-    rules: fields of `inference.grounding_rules.GroundingConfig` as "NAME=VALUE".
+    rules: fields of `inference.grounding.decisions.GroundingConfig` as "NAME=VALUE".
     tokenizer, prompts, conversation: where the weights do not say.
     batch_size: images per call of the network.
     """
@@ -48,35 +48,34 @@ class GrounderTask(EvalTask):
     conversation: str = ""
     batch_size: int = 1
 
-    def grounder(self, run: ModelRun) -> Grounder:
+    def grounder(self, bundle: Bundle) -> Grounder:
         """The model as the evaluation wants it."""
-        return load_grounder(
-            run.weights,
+        return Grounder.from_bundle(
+            bundle,
             tokenizer=self.tokenizer or None,
             conversation=self.conversation or None,
             prompts=self.prompts or None,
             rules=read_rules(self.rules, "--config.rules"),
             nouns=self.nouns or None,
-            precision=run.dtype,
             batch_size=self.batch_size,
         )
 
-    def input_entities(self, dtype: str = "float32") -> "InputEntities":
+    def input_entities(self) -> "InputEntities":
         """Where the entities come from."""
-        return InputEntities(self.input_masks, self.segmenter, self.mask_threshold, dtype)
+        return InputEntities(self.input_masks, self.segmenter, self.mask_threshold)
 
     def category_names(self, categories: Sequence[dict[str, Any]]) -> list[str]:
         """What GELLA is asked for."""
         return [field(c, "name", f"{self.annotations}, category {c.get('id')}") for c in categories]
 
     def scenes_of(
-        self, grounder: Grounder, reader: str, images: Images, run: ModelRun
+        self, grounder: Grounder, reader: str, truth: Truth, run: ModelRun
     ) -> Iterator[list[tuple[Record, Scene | None]]]:
         """The images of a COCO file, seen by the model, some at a time."""
         source = open_source(SourceConfig(reader, self.annotations, self.images, getattr(self, "masks", "")))
         rows = {source[row].image_id: row for row in range(len(source))}
-        entities = self.input_entities(run.dtype)
-        for records in chunks([source[rows[uid]] for uid, _ in images if uid in rows], self.batch_size):
+        entities = self.input_entities()
+        for records in chunks([source[rows[uid]] for uid, _ in truth.images if uid in rows], self.batch_size):
             yield list(zip(records, entities.scenes(grounder, records), strict=True))
             run.advance(len(records))
 
@@ -86,16 +85,15 @@ class InputEntities:
 
     Args:
         choice, segmenter, threshold: see `GrounderTask`.
-        dtype: precision of the segmenter.
 
     Raises:
         EvaluationError: neither of them.
     """
 
-    def __init__(self, choice: str, segmenter: str = "", threshold: float = 0.3, dtype: str = "float32"):
+    def __init__(self, choice: str, segmenter: str = "", threshold: float = 0.3):
         self._choice, self._threshold, self._predictor = choice, threshold, None
         if choice == "segmenter":
-            self._predictor = Predictor.from_checkpoint(segmenter or None, dtype=dtype)
+            self._predictor = Predictor.from_checkpoint(segmenter or None)
         elif choice != "ground_truth" and not Path(choice).exists():
             raise EvaluationError(
                 f"input_masks is {choice!r}; choose ground_truth, segmenter, or a COCO file or folder of masks"

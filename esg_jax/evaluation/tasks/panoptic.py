@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
 from esg_jax.evaluation.formats.files import load_json, read_image
@@ -12,8 +13,8 @@ from esg_jax.evaluation.formats.label_maps import panoptic_quality
 from esg_jax.evaluation.tasks.grounder_task import GrounderTask, holds_gella
 from esg_jax.evaluation.tasks.predictor_task import PredictorTask
 from esg_jax.evaluation.tasks.results_task import CocoTask
-from esg_jax.evaluation.tasks.task import Images, ModelRun, Truth
-from esg_jax.inference.grounding_writers import panoptic_record
+from esg_jax.evaluation.tasks.task import ModelRun, Truth
+from esg_jax.inference.grounding.grounding_files import panoptic_record
 from esg_jax.input.image_io import load_image
 from esg_jax.masks.read import ids_from_rgb
 from esg_jax.masks.write import write_id_png
@@ -32,22 +33,25 @@ class PanopticTask(CocoTask, PredictorTask, GrounderTask):
 
     masks: str = ""
 
-    def predict(self, truth: Truth, images: Images, run: ModelRun) -> dict[str, Any]:
-        categories, folder = self.categories(truth), run.out / "predictions"
+    def predict(self, truth: Truth, run: ModelRun) -> dict[str, Any]:
+        categories = self.categories(truth)
         ids = [category["id"] for category in categories]
-        things = [bool(category.get("isthing", 1)) for category in categories]
-        folder.mkdir(exist_ok=True)
-        records = []
-        if not holds_gella(run.weights):
-            predictor = self.predictor(run)
-            for uid, path in images:
-                found = predictor.predict_panoptic(path, things)
+        things = tuple(bool(category.get("isthing", 1)) for category in categories)
+        folder = run.out / "predictions"
+        if not holds_gella(run.bundle):
+            folder.mkdir(exist_ok=True)
+            by_image = {}
+            options = {"output": "panoptic", "is_thing": things}
+            for index, found in self.predictions(self.predictor(run.bundle), truth, run, **options):
+                uid, path = truth.images[index]
                 segments = [{"id": s.id, "category_id": ids[s.category]} for s in found.segments]
-                records.append(_write(folder, uid, path.stem, np.asarray(found.segment_map), segments))
-                run.advance(1)
-            return {"annotations": records}
-        grounder, names = self.grounder(run), self.category_names(categories)
-        for seen in self.scenes_of(grounder, "coco_panoptic", images, run):
+                by_image[index] = _write(folder, uid, path.stem, np.asarray(found.segment_map), segments)
+            return {"annotations": [by_image[index] for index in sorted(by_image)]}
+        if jax.process_index():  # all processes have all results; the files of the first one count
+            folder = run.out / f"predictions.{jax.process_index()}"
+        folder.mkdir(exist_ok=True)
+        grounder, names, records = self.grounder(run.bundle), self.category_names(categories), []
+        for seen in self.scenes_of(grounder, "coco_panoptic", truth, run):
             results = iter(grounder.panoptic([scene for _, scene in seen if scene is not None], names, things))
             for record, scene in seen:
                 uid, stem = record.image_id, Path(record.name).stem
@@ -55,7 +59,7 @@ class PanopticTask(CocoTask, PredictorTask, GrounderTask):
                     records.append(_write(folder, uid, stem, np.zeros((record.height, record.width), int), []))
                 else:
                     records.append(panoptic_record(folder, uid, stem, next(results), ids))
-        return {"annotations": records}
+        return {"annotations": records if jax.process_index() == 0 else []}
 
     def score(self, truth: Truth, files: Sequence[Path], *, workers: int = 1) -> dict[str, Any]:
         metric = panoptic_quality(

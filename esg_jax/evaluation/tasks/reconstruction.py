@@ -10,12 +10,11 @@ from esg_jax.evaluation.metrics.errors import EvaluationError
 from esg_jax.evaluation.metrics.images.average_precision import EntityAP
 from esg_jax.evaluation.metrics.images.best_overlap import BestOverlap
 from esg_jax.evaluation.tasks.results_task import ResultsTask, result_records
-from esg_jax.evaluation.tasks.task import Images, ModelRun, Truth
-from esg_jax.inference.reconstruction import Reconstructor
+from esg_jax.evaluation.tasks.task import ModelRun, Truth, is_own
+from esg_jax.inference.grounding.reconstruction import Reconstructor
 from esg_jax.input.readers import SourceConfig, open_source
 from esg_jax.masks import rle
 from esg_jax.models.gella import Gella
-from esg_jax.weights import load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,19 +27,18 @@ class ReconstructionTask(ResultsTask):
     def metrics(self, truth: Truth) -> list[Accumulator]:
         return [EntityAP(), BestOverlap()]
 
-    def predict(self, truth: Truth, images: Images, run: ModelRun) -> list[dict[str, Any]]:
-        model = load_model(run.weights)
-        if not isinstance(model, Gella):
-            raise EvaluationError(f"{run.weights} holds a {type(model).__name__}; task 'reconstruction' is GELLA's")
-        reconstruct = Reconstructor(model)
+    def predict(self, truth: Truth, run: ModelRun) -> list[dict[str, Any]]:
+        try:
+            reconstruct = Reconstructor(run.bundle.load_as(Gella))
+        except ValueError as error:
+            raise EvaluationError(f"{error}; task 'reconstruction' is GELLA's") from error
         source = open_source(SourceConfig(annotations=self.annotations, images=self.images))
-        wanted, records = {uid for uid, _ in images}, []
-        for row in range(len(source)):
-            record = source[row]
-            if record.image_id not in wanted:
-                continue
-            masks, scores = reconstruct(record.load_image(), record.load_entities())
-            found = np.flatnonzero(masks.any((1, 2)))
-            records += result_records(record.image_id, rle.encode(masks[found]), scores[found], [1] * len(found))
+        wanted, records = {uid for uid, _ in truth.images}, []
+        asked = [record for row in range(len(source)) if (record := source[row]).image_id in wanted]
+        found = reconstruct.many((record.load_image(), record.load_entities()) for record in asked)
+        for index, (record, (masks, scores)) in enumerate(zip(asked, found, strict=True)):
+            if is_own(index):
+                shown = np.flatnonzero(masks.any((1, 2)))
+                records += result_records(record.image_id, rle.encode(masks[shown]), scores[shown], [1] * len(shown))
             run.advance(1)
         return records

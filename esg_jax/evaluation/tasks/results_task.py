@@ -1,7 +1,7 @@
 """What the tasks on COCO annotations share: ground truth, and scores and pictures of a results file."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,11 @@ def result_records(
         {"image_id": image_id, "category_id": int(category), "score": float(score), "segmentation": rle.to_json(code)}
         for code, score, category in zip(rles, scores, categories, strict=True)
     ]
+
+
+def ordered_records(by_image: Iterable[tuple[int, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    """The records of all images, in the order of their places."""
+    return [record for _, records in sorted(by_image, key=lambda pair: pair[0]) for record in records]
 
 
 def paint(records: Sequence[dict[str, Any]], size: Sequence[int], where: str, key: str = "segmentation") -> np.ndarray:

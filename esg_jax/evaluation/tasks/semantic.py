@@ -13,7 +13,7 @@ from esg_jax.evaluation.formats.label_maps import add_label_map
 from esg_jax.evaluation.metrics.errors import EvaluationError
 from esg_jax.evaluation.metrics.images.mean_iou import SemanticIoU
 from esg_jax.evaluation.tasks.predictor_task import PredictorTask
-from esg_jax.evaluation.tasks.task import Images, ModelRun, Truth
+from esg_jax.evaluation.tasks.task import ModelRun, Truth
 from esg_jax.evaluation.workers import accumulate
 from esg_jax.input.image_io import load_image
 from esg_jax.masks import BACKGROUND
@@ -48,14 +48,14 @@ class SemanticTask(PredictorTask):
         images = [(masks, Path(self.images) / image) for image, masks in lines]
         return Truth(images[: self.max_images or None])
 
-    def predict(self, truth: Truth, images: Images, run: ModelRun) -> list[str]:
-        predictor = self.predictor(run)
-        for name, path in images:
-            file = run.out / "predictions" / name
+    def predict(self, truth: Truth, run: ModelRun) -> list[str]:
+        names = []
+        for index, labels in self.predictions(self.predictor(run.bundle), truth, run, output="semantic"):
+            file = run.out / "predictions" / truth.images[index][0]
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(predictor.predict_semantic(path).astype(np.uint8)).save(file)
-            run.advance(1)
-        return [name for name, _ in images]
+            Image.fromarray(labels.astype(np.uint8)).save(file)
+            names.append(truth.images[index][0])
+        return sorted(names)
 
     def _folders(self, files: Sequence[Path]) -> tuple[Path, Path]:
         gt = Path(self.masks) if self.masks else Path(self.annotations).with_suffix("")

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
 from esg_jax.evaluation.metrics.errors import EvaluationError
+from esg_jax.inference.bundle import Bundle
 from esg_jax.viz import GridRow
-
-Images = Sequence[tuple[Any, Path]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +31,13 @@ class ModelRun:
     """How a model is run.
 
     Attributes:
-        weights: file of the model.
+        bundle: the model: weights of a file, or of a training state where they are.
         out: folder for what a task writes beside its records.
-        dtype: precision of the network.
         advance: told how many images are done.
     """
 
-    weights: Path
+    bundle: Bundle
     out: Path
-    dtype: str = "float32"
     advance: Callable[[int], None] = lambda count: None
 
 
@@ -81,8 +79,11 @@ class EvalTask:
         """
         raise NotImplementedError
 
-    def predict(self, truth: Truth, images: Images, run: ModelRun) -> Any:
-        """Answers of a model about `images`, some of `truth.images`: what the file of predictions holds, JSON."""
+    def predict(self, truth: Truth, run: ModelRun) -> Any:
+        """Answers of a model about `truth.images`: what this process's file of predictions holds, JSON.
+
+        All processes are called alike and share the work; each answer must be in the file of one of them.
+        """
         raise NotImplementedError
 
     def score(self, truth: Truth, files: Sequence[Path], *, workers: int = 1) -> dict[str, Any]:
@@ -103,6 +104,11 @@ class EvalTask:
         """`grid_images` of the items."""
         count = min(self.grid_images, len(items))
         return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))]
+
+
+def is_own(index: int) -> bool:
+    """Whether this process writes what is predicted of image `index`."""
+    return index % jax.process_count() == jax.process_index()
 
 
 def check_choice(task: EvalTask, name: str, allowed: Sequence[str]) -> None:

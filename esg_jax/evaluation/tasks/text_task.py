@@ -5,15 +5,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
 from esg_jax.evaluation.formats.phrases import pair, records_by_image
 from esg_jax.evaluation.metrics.errors import EvaluationError
 from esg_jax.evaluation.tasks.grounder_task import GrounderTask, chunks
 from esg_jax.evaluation.tasks.results_task import paint
-from esg_jax.evaluation.tasks.task import Images, ModelRun, Truth, check_choice
-from esg_jax.inference.grounding import Grounder
-from esg_jax.inference.grounding_types import Scene
+from esg_jax.evaluation.tasks.task import ModelRun, Truth, check_choice
+from esg_jax.inference.grounding.grounder import Grounder
+from esg_jax.inference.grounding.results import Scene
 from esg_jax.input.grounding_readers import open_narratives
 from esg_jax.input.image_io import load_image
 from esg_jax.input.narratives import GroundingSourceConfig, Narrative, Narratives, Phrase
@@ -112,12 +113,12 @@ class TextTask(GrounderTask):
         paths = [(number, image.record.image) for number, image in enumerate(images)]
         return Truth(paths, TextSet(images, narratives))
 
-    def predict(self, truth: Truth, images: Images, run: ModelRun) -> list[dict[str, Any]]:
+    def predict(self, truth: Truth, run: ModelRun) -> list[dict[str, Any]]:
         texts: TextSet = truth.content
-        masks = self.input_entities(run.dtype)
+        masks = self.input_entities()
         masks.check(texts.source.complete, self.captions)
-        grounder, records = self.grounder(run), []
-        for chunk in chunks([texts.images[index] for index, _ in images], self.batch_size):
+        grounder, records = self.grounder(run.bundle), []
+        for chunk in chunks(texts.images, self.batch_size):
             scenes = masks.scenes(grounder, [image.record for image in chunk])
             pairs = zip(chunk, scenes, strict=True)
             asked = [(uid, narrative, scene) for image, scene in pairs for uid, narrative in image.texts]
@@ -133,7 +134,7 @@ class TextTask(GrounderTask):
                 entries = self.unanswered(narrative) if scene is None else next(found)
                 records.append({"image_id": uid, self.records: entries})
             run.advance(len(chunk))
-        return records
+        return records if jax.process_index() == 0 else []
 
     def targets(self, texts: TextSet) -> dict[str, list[dict[str, Any]]]:
         """Per text, `gt` (RLE) of every scored phrase with `text`, `plural`, `isthing`, and perhaps `ignore` (RLE)."""

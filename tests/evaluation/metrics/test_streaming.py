@@ -11,6 +11,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from esg_jax import cli
 from esg_jax.evaluation import (
     AveragePrecision,
     BestOverlap,
@@ -18,7 +19,6 @@ from esg_jax.evaluation import (
     EvaluationError,
     PanopticQuality,
     SemanticIoU,
-    commands,
 )
 from esg_jax.evaluation.formats import coco, label_maps
 from esg_jax.evaluation.metrics.boundary import erode
@@ -315,7 +315,7 @@ def test_command_writes_everything(dataset, tmp_path, capsys):
     folder, *_ = dataset
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        status = commands.main(
+        status = cli.main(
             ["evaluate", "coco-ap", "--gt", str(folder / "gt.json"), "--pred", str(folder / "pred.json")]
             + ["--json", str(tmp_path / "out.json"), "--curves", str(tmp_path / "curves"), "--markdown", "ours"]
         )
@@ -329,18 +329,18 @@ def test_command_writes_everything(dataset, tmp_path, capsys):
 
 def test_command_reports_bad_input_in_one_line(dataset, capsys):
     folder, *_ = dataset
-    status = commands.main(["evaluate", "entity-ap", "--gt", str(folder / "gt.json"), "--pred", "missing.json"])
+    status = cli.main(["evaluate", "entity-ap", "--gt", str(folder / "gt.json"), "--pred", "missing.json"])
     assert status == 1
-    assert capsys.readouterr().err == "error: no such file: missing.json\n"
+    assert capsys.readouterr().err == "esg evaluate: no such file: missing.json\n"
 
 
 def test_command_averages_results(tmp_path, capsys):
     for name, value in (("a", 0.25), ("b", 0.75)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"AP": value}))
     files = [str(tmp_path / "a.json"), str(tmp_path / "b.json")]
-    assert commands.main(["evaluate", "average", *files, "--json", str(tmp_path / "out" / "mean.json")]) == 0
+    assert cli.main(["evaluate", "average", *files, "--json", str(tmp_path / "out" / "mean.json")]) == 0
     assert json.loads((tmp_path / "out" / "mean.json").read_text())["average"] == 0.5
-    assert commands.main(["evaluate", "average", *files, "--set", "odinw13"]) == 1
+    assert cli.main(["evaluate", "average", *files, "--set", "odinw13"]) == 1
 
 
 def test_accumulate_in_process_equals_loop(dataset):
