@@ -33,7 +33,7 @@ from esg_jax.models.lora import LoraConfig
 from esg_jax.models.mask_decoder import MaskDecoderConfig
 from esg_jax.models.pixel_decoder import PixelDecoderConfig
 from esg_jax.models.resoblend import ResoBlendConfig
-from esg_jax.sharding import LargestDim, make_mesh
+from esg_jax.sharding import DEFAULT_RULES, LargestDim, make_mesh
 from esg_jax.train.config import RunConfig, model_def
 from esg_jax.train.logging import MetricWriter
 
@@ -130,7 +130,8 @@ def evaluate_live(system: str, folder: Path, out: Path, *, model_axis: int = 1):
     """What is logged, the state of the run, and its step; weights are split over all devices."""
     config, recipe = SYSTEMS[system](folder)
     config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, eval_every=1))
-    step = config.train_step(mesh=make_mesh(1, -1, model_axis), rules=RULES)
+    rules = RULES if model_axis == 1 else DEFAULT_RULES  # which split matrices over the model axis
+    step = config.train_step(mesh=make_mesh(1, -1, model_axis), rules=rules)
     state = step.init(random_weights(config))
     writer = MetricWriter(out)
     train.evaluate(config, recipe, step, out, writer, state)

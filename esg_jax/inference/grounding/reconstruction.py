@@ -35,11 +35,10 @@ class Reconstructor:
             raise ValueError(f"{type(model.config.entities).__name__} reconstructs no masks")
         self.config = model.config
         self._engine = Engine(model, mesh)
-        key = jax.random.key(seed)
 
         def run(branch: VisionBranch, image_bhwc, size_b2, label_map_bhw, map_size_b2):
             vision = branch.vision_tokens(image_bhwc, size_b2)
-            keys = jnp.broadcast_to(key, len(vision))
+            keys = jnp.broadcast_to(jax.random.key(seed), len(vision))
             output = branch.entities(vision, label_map_bhw, keys, size_b2=map_size_b2).masks
             return jax.nn.softmax(output.image.logits[-1])[..., 0], output.image_mask_logits()[:, 0]
 

@@ -30,7 +30,7 @@ class SceneEncoder:
 
     def __init__(self, engine: Engine, model: GellaConfig, config: GroundingConfig, batch_size: int, seed: int):
         self._engine, self._model, self._batch_size = engine, model, batch_size
-        self._keys = jax.random.split(jax.random.key(seed), config.colorings)
+        self._seed, self._colorings = seed, config.colorings
         self._keep_masks = config.output_masks == "reconstructed"
         self._see = engine.per_image(self._run, part=lambda gella: gella.visual)
 
@@ -97,7 +97,7 @@ class SceneEncoder:
             }
             return seen, logits
 
-        seen, logits = jax.lax.map(with_colors, self._keys)
+        seen, logits = jax.lax.map(with_colors, jax.random.split(jax.random.key(self._seed), self._colorings))
         seen = {name: jnp.moveaxis(value, 0, 1) for name, value in seen.items()}
         if self._keep_masks:
             seen["probabilities"] = jax.nn.sigmoid(logits[0])
