@@ -27,11 +27,11 @@ from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 from ml_collections import config_flags
 
-import eval as evaluation
-from esg_jax.config import from_dict
-from esg_jax.evaluation.config import EvalConfig
+from esg_jax.evaluation import main as evaluation
 from esg_jax.evaluation.report import format_value
-from esg_jax.evaluation.run import columns, images_of
+from esg_jax.evaluation.tasks import task_from_dict
+from esg_jax.evaluation.tasks.task import EvalTask
+from esg_jax.inference.bundle import Bundle
 from esg_jax.input import grounding, pipeline
 from esg_jax.interop.convert import to_ours
 from esg_jax.interop.families import detect
@@ -40,7 +40,7 @@ from esg_jax.interop.readers import open_checkpoint
 from esg_jax.models.gella import GellaConfig
 from esg_jax.text.tokenizers import open_tokenizer
 from esg_jax.train.checkpoint import Checkpointer
-from esg_jax.train.config import RunConfig
+from esg_jax.train.config import RunConfig, model_def
 from esg_jax.train.initial import fit_weights, read_weights
 from esg_jax.train.logging import MetricWriter, duration
 from esg_jax.train.loop import Hook, NonFiniteLossError, fit
@@ -64,7 +64,7 @@ def main(_):
     start_logging()
     use_compilation_cache()
     try:
-        recipe = from_dict(EvalConfig, _EVAL.value.to_dict(), "eval") if _EVAL.value is not None else None
+        recipe = task_from_dict(_EVAL.value.to_dict(), "eval") if _EVAL.value is not None else None
         run(RunConfig.from_dict(_CONFIG.value.to_dict()), Path(_WORKDIR.value), recipe)
     except (ValueError, FileNotFoundError, ImportError, NonFiniteLossError) as error:
         # Configuration, data, missing package or divergence: the message says what to do, a traceback would bury it.
@@ -72,7 +72,7 @@ def main(_):
         sys.exit(f"error: {error}")
 
 
-def run(config: RunConfig, workdir: Path, recipe: EvalConfig | None = None) -> None:
+def run(config: RunConfig, workdir: Path, recipe: EvalTask | None = None) -> None:
     """One training run, or the rest of one."""
     check_recipe(config, recipe)
 
@@ -144,29 +144,39 @@ def export(config: RunConfig, step: TrainStep, state: TrainState, workdir: Path)
     return path
 
 
-def check_recipe(config: RunConfig, recipe: EvalConfig | None) -> None:
+def check_recipe(config: RunConfig, recipe: EvalTask | None) -> None:
     """Finds now what would otherwise fail at the first evaluation, hours later."""
     if (recipe is None) != (config.loop.eval_every == 0):
         raise ValueError("to evaluate while training give both --eval=RECIPE.py and --config.loop.eval_every=STEPS")
     if recipe is not None:
-        missing = [path for _, path in images_of(recipe) if not Path(path).is_file()]
+        missing = [path for _, path in recipe.truth().images if not Path(path).is_file()]
         if missing:
-            file = recipe.annotations or recipe.captions
-            raise FileNotFoundError(f"{len(missing)} images of {file} are missing, such as {missing[0]}")
+            raise FileNotFoundError(f"{len(missing)} images of {recipe.file} are missing, such as {missing[0]}")
 
 
 def evaluate(
-    config: RunConfig, recipe: EvalConfig, step: TrainStep, workdir: Path, writer: MetricWriter, state: TrainState
+    config: RunConfig, recipe: EvalTask, step: TrainStep, workdir: Path, writer: MetricWriter, state: TrainState
 ) -> None:
-    """What `eval.py --workdir` would print now, into the log of the run."""
-    weights, out, start = export(config, step, state, workdir), workdir / "eval", time.monotonic()
-    files = evaluation.predict(recipe, weights, out)
+    """What `eval.py` would print for these weights, into the log of the run; they stay where they are."""
+    out, start = workdir / "eval", time.monotonic()
+    files = evaluation.predict(recipe, live_bundle(config, state), out)
     if jax.process_index() == 0:
         scores = evaluation.score(recipe, files, out)["metrics"]
-        scores = {name: scores[name] for name in columns(recipe)}
+        scores = {name: scores[name] for name in recipe.columns}
         writer.write(int(state.step), scores, prefix="eval/")
         line = ", ".join(f"{name} {format_value(value)}" for name, value in scores.items())
         log.info("evaluation at step %d: %s (%s)", int(state.step), line, duration(time.monotonic() - start))
+
+
+def live_bundle(config: RunConfig, state: TrainState) -> Bundle:
+    """The weights of a state, averaged if the run averages, on the mesh on which they are trained."""
+
+    def load():
+        weights = state.weights(average=state.ema is not None)
+        return model_def(config.model).merge(weights, weights)  # float32, as `eval.py`, whatever the run computes in
+
+    left_out = bool(unchanged(config, state.params))
+    return Bundle(f"step {int(state.step)}", load, config.model, inference_info(config, left_out))
 
 
 def initial_weights(config: RunConfig, shapes):

@@ -23,8 +23,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy import ndimage
 
-from esg_jax.evaluation import rle, tasks, tasks_grounding
-from esg_jax.evaluation.average_precision import AveragePrecision
+from esg_jax.evaluation.formats.label_maps import panoptic_quality
+from esg_jax.evaluation.formats.phrases import phrase_grounding
+from esg_jax.evaluation.metrics.images.average_precision import AveragePrecision
+from esg_jax.masks import rle
 
 SIZE = (1000, 1500)
 
@@ -48,7 +50,7 @@ def instances(num_images, seed=0):
 
     def code(mask):
         out = rle.encode(mask[None])[0]
-        return {"size": out["size"], "counts": out["counts"].decode()}
+        return rle.to_json(out)
 
     for i in range(num_images):
         images.append({"id": i + 1, "height": SIZE[0], "width": SIZE[1]})
@@ -158,7 +160,7 @@ def panoptic(num_images=5000, distinct=50):
             (root / f"{side}.json").write_text(json.dumps(content))
         times = {}
         with clock(times, "ours"):
-            tasks.panoptic_quality(root / "gt.json", root / "pred.json").result()
+            panoptic_quality(root / "gt.json", root / "pred.json").result()
     print(f"| PQ, {num_images} images of 480x640 | | {times['ours']:.1f} | | |", flush=True)
 
 
@@ -170,7 +172,7 @@ def phrases(num_images=5000, distinct=50):
         items = []
         for k in range(5):
             codes = rle.encode(np.stack([labels == k, np.roll(labels, 9, 1) == k]))
-            gt, pred = ({"size": c["size"], "counts": c["counts"].decode()} for c in codes)
+            gt, pred = map(rle.to_json, codes)
             items.append({"gt": gt, "pred": pred, "plural": k == 0, "isthing": k < 3})
         scenes.append(items)
     with tempfile.TemporaryDirectory() as name:
@@ -178,7 +180,7 @@ def phrases(num_images=5000, distinct=50):
         path.write_text(json.dumps([{"image_id": i, "phrases": scenes[i % distinct]} for i in range(num_images)]))
         times = {}
         with clock(times, "ours"):
-            tasks_grounding.phrase_grounding(path, path).result()
+            phrase_grounding(path, path).result()
     print(f"| PNG AR, {num_images} narratives of 5 phrases | | {times['ours']:.1f} | | |", flush=True)
 
 

@@ -298,8 +298,8 @@ def toy_pack(file: Path) -> None:
     from PIL import Image
 
     from data.pack import pack
-    from esg_jax.input import rle
     from esg_jax.input.readers import SourceConfig
+    from esg_jax.masks import rle
 
     folder = file.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
@@ -307,7 +307,7 @@ def toy_pack(file: Path) -> None:
     for number, (image, masks) in enumerate(zip(*pictures(4, 64, 96, 5), strict=True)):
         Image.fromarray(image).save(folder / f"{number}.png")
         content["images"].append({"id": number, "file_name": f"{number}.png", "height": 64, "width": 96})
-        for code in rle.encode_label_map(masks.argmax(0) + 1, len(masks))[0]:
+        for code in map(rle.to_json, rle.encode_labels(masks.argmax(0) + 1, len(masks))):
             entry = {"id": len(content["annotations"]), "image_id": number, "category_id": 1, "segmentation": code}
             content["annotations"].append(entry)
     (folder / "annotations.json").write_text(json.dumps(content))

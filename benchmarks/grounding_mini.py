@@ -24,15 +24,18 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+
 from configs.recipes import grounding_mini  # noqa: E402
-from esg_jax.config import from_dict  # noqa: E402
-from esg_jax.evaluation import grounding_predictions, rle, run, text_sets  # noqa: E402
-from esg_jax.evaluation.config import EvalConfig  # noqa: E402
-from esg_jax.evaluation.driver import progress  # noqa: E402
 from esg_jax.evaluation.report import format_value  # noqa: E402
+from esg_jax.evaluation.tasks import NarrativeTask, task_from_dict  # noqa: E402
+from esg_jax.evaluation.tasks.task import ModelRun  # noqa: E402
+from esg_jax.evaluation.tasks.text_task import linked_phrases  # noqa: E402
+from esg_jax.evaluation.workers import progress  # noqa: E402
+from esg_jax.inference.bundle import open_bundle  # noqa: E402
 from esg_jax.input.grounding import Strangers  # noqa: E402
 from esg_jax.input.grounding_readers import open_narratives  # noqa: E402
 from esg_jax.input.narratives import GroundingSourceConfig  # noqa: E402
+from esg_jax.masks import rle  # noqa: E402
 
 COLUMNS = {"AR": "AR", "acc@0.5": "accuracy", "AR_Sing": "AR singular", "AR_Pl": "AR plural"}
 
@@ -45,46 +48,45 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=0, help="only the first images, for a quick look")
     arguments = parser.parse_args()
 
-    config = from_dict(EvalConfig, grounding_mini.get_config(str(arguments.data)).to_dict())
-    captions = config.captions.replace("_val", f"_{arguments.split}")
-    config = dataclasses.replace(config, captions=captions, max_images=arguments.limit, plural_by="flag")
-    images = run.images_of(config)
+    task = task_from_dict(grounding_mini.get_config(str(arguments.data)).to_dict())
+    captions = task.captions.replace("_val", f"_{arguments.split}")
+    task = dataclasses.replace(task, captions=captions, max_images=arguments.limit, plural_by="flag")
+    truth = task.truth()
+    images = truth.images
     with tempfile.TemporaryDirectory() as folder, progress("GELLA", len(images)) as advance:
-        found = grounding_predictions.predict(config, arguments.weights, images, Path(folder), "float32", advance)
-        methods = {"GELLA": found, **baselines(config)}
+        found = task.predict(truth, ModelRun(open_bundle(arguments.weights), Path(folder), advance))
+        methods = {"GELLA": found, **baselines(task)}
         scores = {}
         for name, records in methods.items():
             file = Path(folder) / "predictions.json"
             file.write_text(json.dumps(records))
-            scores[name] = run.score(config, [file])["metrics"]
+            scores[name] = task.score(truth, [file])["metrics"]
     print(f"{arguments.split}: {scores['GELLA']['num_phrases']} phrases, {len(found)} captions, {len(images)} images")
     print("| | " + " | ".join(COLUMNS.values()) + " |\n|---|" + "---|" * len(COLUMNS))
     for name, result in scores.items():
         print(f"| {name} | " + " | ".join(format_value(result[column]) for column in COLUMNS) + " |")
-    for name, answers in answered(config, arguments.weights).items():
+    for name, answers in answered(task, arguments.weights).items():
         print(f"{name} nouns answered with a mask: {sum(answers)} of {len(answers)}")
 
 
-def answered(config: EvalConfig, weights: Path, *, draws: int = 2) -> dict[str, list[bool]]:
+def answered(task: NarrativeTask, weights: Path, *, draws: int = 2) -> dict[str, list[bool]]:
     """Whether nouns that an image shows, and nouns that it does not, are answered with a mask.
 
     Of every image the linked nouns of its first caption, and `draws` captions of other images.
     """
-    narratives = open_narratives(GroundingSourceConfig(captions=config.captions, images=config.images))
+    narratives = open_narratives(GroundingSourceConfig(captions=task.captions, images=task.images))
     strangers = Strangers(narratives, np.flatnonzero(narratives.num_linked > 0))
-    grounder = grounding_predictions.open_grounder(config, weights, "float32")
-    masks = grounding_predictions.InputMasks(config)
+    grounder, entities = task.grounder(open_bundle(weights)), task.input_entities()
     rng = np.random.default_rng(0)
-    images = text_sets.open_text_set(config).images[: config.max_images or None]
     out: dict[str, list[bool]] = {"absent": [], "present": []}
-    for image in images:
+    for image in task.truth().content.images:
         narrative = image.texts[0][1]
-        linked = [phrase.text for phrase in text_sets.linked_phrases(narrative)]
+        linked = [phrase.text for phrase in linked_phrases(narrative)]
         asked = [("present", narrative.caption, linked, [True] * len(linked))]
         for _ in range(draws):
             caption, phrases, absent = strangers(narrative, rng)
             asked.append(("absent", caption, [text for text, _ in phrases], absent))
-        scene = grounding_predictions.look(grounder, masks, [image.record])[0]
+        scene = entities.scenes(grounder, [image.record])[0]
         for name, caption, texts, counted in asked:
             if scene is None:  # nothing to ground in: "not found"
                 out[name] += [False] * sum(counted)
@@ -95,18 +97,18 @@ def answered(config: EvalConfig, weights: Path, *, draws: int = 2) -> dict[str, 
     return out
 
 
-def baselines(config: EvalConfig) -> dict[str, list[dict]]:
+def baselines(task: NarrativeTask) -> dict[str, list[dict]]:
     """Records of the largest mask, and of the masks whose category the phrase names."""
-    categories = {a["id"]: a["category"] for a in json.loads(Path(config.captions).read_text())["annotations"]}
+    categories = {a["id"]: a["category"] for a in json.loads(Path(task.captions).read_text())["annotations"]}
     out: dict[str, list[dict]] = {"largest mask": [], "word in category name": []}
-    for image in text_sets.open_text_set(config).images:
+    for image in task.truth().content.images:
         entities = image.record.load_entities()
-        areas = entities.areas()
+        areas = entities.areas
         masks = [entities.mask(row) for row in range(len(areas))]
         names = [{word.rstrip("s") for word in categories[i].split()} for i in entities.ids]
         for uid, narrative in image.texts:
             chosen: dict[str, list[dict]] = {name: [] for name in out}
-            for phrase in text_sets.linked_phrases(narrative):
+            for phrase in linked_phrases(narrative):
                 words = {word.rstrip("s") for word in phrase.text.lower().split()}
                 named = [row for row, name in enumerate(names) if words & name]
                 if named and not phrase.plural:
@@ -114,7 +116,7 @@ def baselines(config: EvalConfig) -> dict[str, list[dict]]:
                 for name, rows in (("largest mask", [int(np.argmax(areas))]), ("word in category name", named)):
                     mask = np.any([masks[row] for row in rows], axis=0) if rows else np.zeros_like(masks[0])
                     code = rle.encode(mask[None])[0]
-                    chosen[name].append({"pred": {"size": code["size"], "counts": code["counts"].decode()}})
+                    chosen[name].append({"pred": rle.to_json(code)})
             for name, phrases in chosen.items():
                 out[name].append({"image_id": uid, "phrases": phrases})
     return out

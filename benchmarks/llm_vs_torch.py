@@ -17,7 +17,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from esg_jax.inference.decoding import DecodingConfig, generate
+from esg_jax.inference.grounding.decoding import DecodingConfig, generate
 from esg_jax.interop.convert import from_ours
 from esg_jax.interop.families.llama import LLAMA, llama_json
 from esg_jax.interop.gguf import load_llama, packaged_smollm2

@@ -19,7 +19,8 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from esg_jax.input import rle
+from esg_jax.masks import rle
+from esg_jax.masks.write import coco_records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,17 +104,9 @@ def write_pictures(
 
 def coco_annotations(labels: Int[np.ndarray, "height width"], count: int, image_id: int) -> list[dict[str, Any]]:
     """COCO annotations, without ids, of the entities 1..count of a label map."""
-    rles, areas = rle.encode_label_map(labels, count)
     return [
-        {
-            "image_id": image_id,
-            "category_id": 1,
-            "iscrowd": 0,
-            "area": int(area),
-            "bbox": rle.bounding_box(encoded),
-            "segmentation": encoded,
-        }
-        for encoded, area in zip(rles, areas, strict=True)
+        {"image_id": image_id, "category_id": 1, "iscrowd": 0, **record}
+        for record in coco_records(rle.encode_labels(labels, count))
     ]
 
 

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from esg_jax.input import image_io, rle
+from esg_jax.input import image_io
+from esg_jax.masks import rle
+from esg_jax.masks.write import coco_records
 
 
 def convert_pair(image: Path, mask: Path, image_id: int, first_id: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -31,18 +33,9 @@ def convert_pair(image: Path, mask: Path, image_id: int, first_id: int) -> tuple
         raise ValueError(f"{mask} is {values.shape[0]}x{values.shape[1]} pixels, {image} is {height}x{width}")
     found = np.unique(values[values > 0])
     labels = np.where(values > 0, np.searchsorted(found, values) + 1, 0)
-    rles, areas = rle.encode_label_map(labels, len(found))
     annotations = [
-        {
-            "id": first_id + number,
-            "image_id": image_id,
-            "category_id": 1,
-            "iscrowd": 0,
-            "area": int(area),
-            "bbox": rle.bounding_box(encoded),
-            "segmentation": encoded,
-        }
-        for number, (encoded, area) in enumerate(zip(rles, areas, strict=True))
+        {"id": first_id + number, "image_id": image_id, "category_id": 1, "iscrowd": 0, **record}
+        for number, record in enumerate(coco_records(rle.encode_labels(labels, len(found))))
     ]
     return {"id": image_id, "file_name": image.name, "height": height, "width": width}, annotations
 

@@ -17,10 +17,11 @@ from pathlib import Path
 
 from rich.progress import track
 
-from esg_jax.input import rle
 from esg_jax.input.packed import Packed, write_pack
 from esg_jax.input.readers import SourceConfig, open_source
 from esg_jax.input.records import RecordSource
+from esg_jax.masks import rle
+from esg_jax.masks.write import coco_records
 
 
 def pack(
@@ -71,10 +72,10 @@ def unpack(file: Path, out: Path) -> str:
         size = {"height": record.height, "width": record.width}
         content["images"].append({"id": index + 1, "file_name": name, **size})
         for _, label, crowd, code in json.loads(record.annotations):
-            area = rle.area(rle.counts_from_string(code["counts"]))
             number = len(content["annotations"]) + 1
-            entry = {"id": number, "image_id": index + 1, "category_id": label + 1, "iscrowd": crowd, "area": area}
-            content["annotations"].append({**entry, "bbox": rle.bounding_box(code), "segmentation": code})
+            entry = {"id": number, "image_id": index + 1, "category_id": label + 1, "iscrowd": crowd}
+            mask = rle.from_annotation(code, (record.height, record.width))
+            content["annotations"].append({**entry, **coco_records([mask])[0]})
     out.mkdir(parents=True, exist_ok=True)
     (out / "annotations.json").write_text(json.dumps(content))
     return f"{out}: {len(content['images'])} images, {len(content['annotations'])} annotations"

@@ -4,7 +4,8 @@ import importlib
 import importlib.resources
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,12 @@ def read_info(path: str | Path) -> tuple[Any, dict[str, Any]]:
 
 
 def load_model(
-    path: str | Path, *, dtype=jnp.float32, param_dtype=jnp.float32, given: Mapping[str, Any] | None = None
+    path: str | Path,
+    *,
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+    given: Mapping[str, Any] | None = None,
+    shardings: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
 ) -> nnx.Module:
     """Builds the model described in `path` and fills in its weights.
 
@@ -138,6 +144,8 @@ def load_model(
         dtype: type of the computation.
         param_dtype: type the floating-point arrays are converted to.
         given: the arrays by name that `save_weights` was told to leave out.
+        shardings: name and shape -> where the array lies, such as `esg_jax.sharding.Layout`. Every device then reads
+            its own part of the file, and no array is whole anywhere.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -163,8 +171,29 @@ def load_model(
         flat = dict(nnx.to_flat_state(state))
         for keys, variable in flat.items():
             name = ".".join(map(str, keys))
-            value, target = file.get_tensor(name) if name in stored else given[name], wanted[name]
-            if value.shape != target.shape:
-                raise ValueError(f"{path}: {name} has shape {value.shape}, the model needs {target.shape}")
-            flat[keys] = variable.replace(jnp.asarray(value, target.dtype))
+            value, target = _Slices(file, name) if name in stored else given[name], wanted[name]
+            if tuple(value.shape) != target.shape:
+                raise ValueError(f"{path}: {name} has shape {tuple(value.shape)}, the model needs {target.shape}")
+            if shardings is None:
+                array = jnp.asarray(value[...], target.dtype)
+            else:
+                part = partial(_part, value, dtype=target.dtype)
+                array = jax.make_array_from_callback(target.shape, shardings(name, target.shape), part)
+            flat[keys] = variable.replace(array)
     return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+class _Slices:
+    """A stored tensor; indexing reads that part of the file."""
+
+    def __init__(self, file: Any, name: str):
+        self._file, self._name = file, name
+        self.shape = tuple(file.get_slice(name).get_shape())
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        whole = index is ... or not self.shape
+        return self._file.get_tensor(self._name) if whole else self._file.get_slice(self._name)[index]
+
+
+def _part(value: Any, index: tuple[slice, ...], *, dtype: Any) -> np.ndarray:
+    return np.asarray(value[index]).astype(dtype)

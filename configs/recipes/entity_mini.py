@@ -9,10 +9,10 @@ on the coco_panoptic group.
 from ml_collections import ConfigDict
 
 from esg_jax.config import to_dict
-from esg_jax.evaluation.config import EvalConfig
+from esg_jax.evaluation.tasks import EntityTask
 
 
 def get_config(root: str = "../shared/realdata"):
     return ConfigDict(
-        to_dict(EvalConfig(annotations=f"{root}/entity_mini/entity_val.json", images=root, group_by="source"))
+        to_dict(EntityTask(annotations=f"{root}/entity_mini/entity_val.json", images=root, group_by="source"))
     )

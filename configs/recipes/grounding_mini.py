@@ -11,12 +11,11 @@ know nothing of the image. `--config.phrases=generated` measures AR_text, too.
 from ml_collections import ConfigDict
 
 from esg_jax.config import to_dict
-from esg_jax.evaluation.config import EvalConfig
+from esg_jax.evaluation.tasks import NarrativeTask
 
 
 def get_config(root: str = "../shared/realdata"):
-    config = EvalConfig(
-        task="narrative",
+    config = NarrativeTask(
         reader="linked_captions",
         captions=f"{root}/grounding_mini/captions_val.json",
         images=root,

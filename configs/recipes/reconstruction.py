@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from esg_jax.config import to_dict
-from esg_jax.evaluation.config import EvalConfig
+from esg_jax.evaluation.tasks import ReconstructionTask
 
 
 def get_config(arguments: str = "entity_mini,../shared/realdata"):
@@ -25,4 +25,4 @@ def get_config(arguments: str = "entity_mini,../shared/realdata"):
         raise ValueError(
             f"recipes/reconstruction.py takes DATA,FOLDER with DATA scenes or entity_mini; got {arguments!r}"
         )
-    return ConfigDict(to_dict(EvalConfig(task="reconstruction", draw_threshold=0.5, **fields)))
+    return ConfigDict(to_dict(ReconstructionTask(draw_threshold=0.5, **fields)))

@@ -7,9 +7,9 @@ python eval.py --config=configs/recipes/scenes.py:runs/scenes_val --workdir=runs
 from ml_collections import ConfigDict
 
 from esg_jax.config import to_dict
-from esg_jax.evaluation.config import EvalConfig
+from esg_jax.evaluation.tasks import EntityTask
 
 
 def get_config(scenes: str = "runs/scenes_val"):
-    config = EvalConfig(annotations=f"{scenes}/annotations.json", images=scenes, score_mode="entityness")
+    config = EntityTask(annotations=f"{scenes}/annotations.json", images=scenes, score_mode="entityness")
     return ConfigDict(to_dict(config))

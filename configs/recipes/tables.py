@@ -42,12 +42,8 @@ def _score(metric: str, extra: str = "") -> str:
     return f"esg evaluate {metric} --gt $GT --pred $PRED{extra}"
 
 
-def _gella(name: str, phrases: str = "forced") -> str:
-    masks = "--config.input_masks=segmenter --config.segmenter=$SEGMENTER"
-    return (
-        f"python eval.py --config=configs/recipes/sets.py:{name} --checkpoint=$WEIGHTS --out=$OUT/{name}_{phrases} "
-        f"{masks} --config.phrases={phrases}"
-    )
+def _gella(name: str, extra: str = "") -> str:
+    return _model(name, f"/{name} --config.input_masks=segmenter --config.segmenter=$SEGMENTER{extra}")
 
 
 _PNG = "panoptic narrative grounding, val"
@@ -68,7 +64,7 @@ RECIPES: dict[str, Recipe] = {
             "Simplicity": 53.8,
             "ValidArea": 99.9,
         },
-        "Shape measures are undefined in the paper; ours are in esg_jax/evaluation/statistics.py.",
+        "Shape measures are undefined in the paper; ours: esg_jax/evaluation/metrics/images/annotation_statistics.py.",
     ),
     "esg_t2": Recipe(
         "ESG 2",
@@ -220,9 +216,9 @@ RECIPES: dict[str, Recipe] = {
         "ESG 21",
         "0.2 / 0.2 / 0.6",
         _PNG,
-        _gella("png") + " && " + _gella("png", "generated"),
+        _gella("png") + " && " + _gella("png", " --config.phrases=generated").replace("$OUT/png", "$OUT/png_generated"),
         {"AR": 69.8, "AR_Th": 66.2, "AR_St": 72.3, "AR_Sing": 69.9, "AR_Pl": 58.4, "AR_text": 96.1},
-        "AR_text is undefined in the paper; see esg_jax/evaluation/text.py.",
+        "AR_text is undefined in the paper; see esg_jax/evaluation/metrics/grounding/text_recall.py.",
     ),
     "esg_t22": Recipe(
         "ESG 22",
@@ -287,7 +283,7 @@ RECIPES: dict[str, Recipe] = {
         "COCO val2017 instances, one click each",
         _score("click"),
         {"mIoU_1click": 64.8},
-        "Where the click lies is not stated: esg_jax.evaluation.interactive.click_point.",
+        "Where the click lies is not stated: esg_jax.evaluation.metrics.grounding.click.click_point.",
     ),
     "glee_t8": Recipe(
         "GLEE 8",

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from esg_jax.evaluation.rle import EvaluationError
+from esg_jax.evaluation.metrics.errors import EvaluationError
 
 
 def write_json(result: Mapping[str, Any], path: str | Path) -> None:
@@ -50,14 +50,14 @@ def print_table(title: str, result: Mapping[str, Any], console: Console | None =
     (console or Console()).print(table)
 
 
-def format_value(value: float) -> str:
-    """A fraction as a percentage with two decimals; counts as they are; "-" when undefined."""
+def format_value(value: float, decimals: int = 2) -> str:
+    """A fraction as a percentage; counts as they are; "-" when undefined."""
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return str(value)
     # -1 is the official mark of an empty bucket.
     if value is None or not math.isfinite(value) or value == -1:
         return "-"
-    return f"{100 * value:.2f}" if abs(value) <= 1 else f"{value:.2f}"
+    return f"{100 * value if abs(value) <= 1 else value:.{decimals}f}"
 
 
 def markdown_row(label: str, result: Mapping[str, Any], columns: Sequence[str]) -> str:
@@ -66,15 +66,8 @@ def markdown_row(label: str, result: Mapping[str, Any], columns: Sequence[str]) 
     missing = [c for c in columns if c not in values]
     if missing:
         raise EvaluationError(f"the result has no {missing[0]!r}; it has {', '.join(values)}")
-
-    def cell(value):
-        if isinstance(value, (int, np.integer)):
-            return str(value)
-        if not math.isfinite(value) or value == -1:
-            return "-"
-        return f"{100 * value:.1f}" if abs(value) <= 1 else f"{value:.1f}"
-
-    rows = [["method", *columns], ["---"] * (len(columns) + 1), [label, *(cell(values[c]) for c in columns)]]
+    cells = [format_value(values[c], 1) for c in columns]
+    rows = [["method", *columns], ["---"] * (len(columns) + 1), [label, *cells]]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

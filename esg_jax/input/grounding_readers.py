@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from esg_jax.input import image_io, mask_files
+from esg_jax.input import image_io
 from esg_jax.input.narratives import TASKS as TASKS
 from esg_jax.input.narratives import GroundingSourceConfig, MaskIndex, Narratives
 from esg_jax.input.readers import CocoInstances, CocoPanoptic, SourceConfig, list_of, read_json, read_text
 from esg_jax.input.records import Entities, Record
 from esg_jax.input.referring_readers import reasonseg, refcoco
+from esg_jax.masks import read_masks
 from esg_jax.text.sequences import locate
 
 logger = logging.getLogger(__name__)
@@ -154,7 +153,7 @@ def _rebuild(utterances: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
 def _entity_jsonl(config: GroundingSourceConfig) -> Narratives:
     """One JSON object a line: image, masks, captions, nouns, perhaps links.
 
-    `masks` is any file of `mask_files.read_masks`; `nouns` has a list of noun phrases per caption, in order of
+    `masks` is any file of `masks.read_masks`; `nouns` has a list of noun phrases per caption, in order of
     appearance; `links`, when there, a list of mask ids per noun.
     """
     folder = Path(config.images) if config.images else Path(config.captions).parent
@@ -206,9 +205,7 @@ class MaskFileRecord(Record):
     mask_file: Path
 
     def load_entities(self) -> Entities:
-        masks = mask_files.read_masks(self.mask_file, (self.height, self.width), Path(self.name).name)
-        count = len(masks)
-        return Entities(masks.layers, np.zeros(count, np.int32), np.zeros(count, bool), masks.ids)
+        return Entities.unlabelled(read_masks(self.mask_file, (self.height, self.width), Path(self.name).name))
 
 
 _READERS: Mapping[str, Callable[[GroundingSourceConfig], Narratives]] = {

@@ -7,6 +7,8 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 from PIL import Image, ImageOps
 
+# A file, or RGB pixels.
+ImageLike = str | Path | UInt8[np.ndarray, "h w 3"]
 IMAGE_SUFFIXES = frozenset(Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg"}
 
 
@@ -83,6 +85,25 @@ def image_size(path: str | Path) -> tuple[int, int]:
     except Exception as error:
         raise ImageError(f"cannot read image {path}: {error}") from error
     return (width, height) if orientation >= 5 else (height, width)
+
+
+def size_of(image: ImageLike) -> tuple[int, int]:
+    """(height, width) of a file, as `image_size`, or of an array.
+
+    Raises:
+        FileNotFoundError, ImageError: as `load_image`.
+        ValueError: an array of another shape or type.
+    """
+    if not isinstance(image, np.ndarray):
+        return image_size(image)
+    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        raise ValueError(f"expected an RGB uint8 array (height, width, 3), got {image.dtype} {image.shape}")
+    return image.shape[:2]
+
+
+def pixels_of(image: ImageLike) -> UInt8[np.ndarray, "h w 3"]:
+    """The array itself, or what `load_image` reads."""
+    return image if isinstance(image, np.ndarray) else load_image(image)
 
 
 def list_images(path: str | Path) -> list[Path]:

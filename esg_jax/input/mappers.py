@@ -84,10 +84,10 @@ class EntityCrop:
         layers = [[transforms.view_labels(layer, view) for layer in entities.layers] for view in views]
         kept = ~entities.crowd
         if window is not None:
-            kept &= sum(dataclasses.replace(entities, layers=view).areas() for view in layers) > 0
+            kept &= sum(dataclasses.replace(entities, layers=view).areas for view in layers) > 0
         kept = np.flatnonzero(kept)
         if len(kept) > self.max_entities:
-            kept = np.sort(kept[np.argsort(-entities.areas()[kept], kind="stable")[: self.max_entities]])
+            kept = np.sort(kept[np.argsort(-entities.areas[kept], kind="stable")[: self.max_entities]])
         images = [transforms.view_image(image, view) for view in views]
         if matrix is not None:
             images = [augment.change_colour(view, matrix) for view in images]
@@ -141,7 +141,7 @@ class LargeScaleJitter:
         whole = View((0, 0, width, height), (int(resized[0]), int(resized[1])), flip)
         rows, columns = (slice(start[axis], start[axis] + window[axis]) for axis in (0, 1))
         layers = [transforms.view_labels(layer, whole)[rows, columns] for layer in entities.layers]
-        areas = dataclasses.replace(entities, layers=layers).areas()
+        areas = dataclasses.replace(entities, layers=layers).areas
         kept = np.flatnonzero(~entities.crowd & (areas > 0))
         if len(kept) > self.max_entities:
             kept = np.sort(kept[np.argsort(-areas[kept], kind="stable")[: self.max_entities]])

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from esg_jax.input import mask_files
 from esg_jax.input.readers import CocoInstances, CocoPanoptic, CocoRecord, PanopticRecord, read_text
 from esg_jax.input.records import Entities, Record
+from esg_jax.masks import mask_file_of, read_masks
 
 TASKS = ("description", "extraction", "grounding")
 
@@ -66,10 +66,8 @@ class Narrative:
         if not self.entity_masks:
             return truth, wanted
         name = Path(self.record.name)
-        file = mask_files.mask_file_of(self.entity_masks, name.stem)
-        masks = mask_files.read_masks(file, (self.record.height, self.record.width), name.name)
-        count = len(masks)
-        entities = Entities(masks.layers, np.zeros(count, np.int32), np.zeros(count, bool), masks.ids)
+        file = mask_file_of(self.entity_masks, name.stem)
+        entities = Entities.unlabelled(read_masks(file, (self.record.height, self.record.width), name.name))
         same_mn = linked_by_overlap(truth, entities)
         return entities, [tuple(np.flatnonzero(same_mn[list(rows)].any(axis=0)).tolist()) for rows in wanted]
 
@@ -87,7 +85,7 @@ class GroundingSourceConfig:
     images: folder that image names are relative to; by default the folder of the annotation or caption file.
     masks: folder of the panoptic PNGs; by default `annotations` without its suffix.
     entity_masks: masks to paint instead of the annotated ones: a COCO file, or a folder with a mask file per image,
-        named like it (see `mask_files.read_masks`). A phrase then means the masks that overlap its annotated ones.
+        named like it (see `masks.read_masks`). A phrase then means the masks that overlap its annotated ones.
     exclude: text file with the ids of images to leave out, one a line (images that an evaluation uses).
     tasks: of "description", "extraction" and "grounding", those that may draw from this source.
     weight: share of this source within a task.
@@ -174,8 +172,8 @@ def linked_by_overlap(truth: Entities, found: Entities) -> Bool[np.ndarray, "m n
             pairs = ours.astype(np.int64) * shape[1] + theirs
             shared += np.bincount(pairs.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
     shared = shared[1:, 1:]
-    areas = found.areas()
-    union = truth.areas()[:, None] + areas - shared
+    areas = found.areas
+    union = truth.areas[:, None] + areas - shared
     return (shared > 0) & ((shared >= _LINK_IOU * union) | (shared >= _LINK_INSIDE * areas))
 
 

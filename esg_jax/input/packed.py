@@ -14,9 +14,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from esg_jax.input import rle
 from esg_jax.input.readers import CocoRecord, SourceConfig, register_reader
 from esg_jax.input.records import Record
+from esg_jax.masks import rle
 
 FORMAT = "esg_jax packed 1"
 
@@ -131,9 +131,10 @@ def _packed(record: Record, long_side: int, quality: int, *, keep_labels: bool) 
     annotations = []
     for layer in entities.layers:
         reduced = np.asarray(Image.fromarray(layer.astype(np.int32)).resize((width, height), Image.Resampling.NEAREST))
-        codes, areas = rle.encode_label_map(reduced, len(labels))
+        codes = rle.encode_labels(reduced, len(labels))
         annotations += [
-            (entities.ids[k], int(labels[k]), int(entities.crowd[k]), codes[k]) for k in np.flatnonzero(areas)
+            (entities.ids[k], int(labels[k]), int(entities.crowd[k]), rle.to_json(codes[k]))
+            for k in np.flatnonzero(rle.areas(codes))
         ]
     facts = {"id": record.image_id, "name": record.name, "height": height, "width": width, "annotations": annotations}
     return facts, image

@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from esg_jax.input import image_io, rle
+from esg_jax.input import image_io
 from esg_jax.input.records import Entities, Record, RecordSource
+from esg_jax.masks import rle
+from esg_jax.masks.layers import label_layers
+from esg_jax.masks.read import ids_from_rgb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +76,13 @@ class CocoRecord(Record):
 
     def load_entities(self) -> Entities:
         annotations = json.loads(self.annotations)
-        counts = []
-        for annotation_id, _, _, segmentation in annotations:
-            try:
-                counts.append(rle.counts_of(segmentation, self.height, self.width))
-            except ValueError as error:
-                raise ValueError(f"{self.file}: annotation {annotation_id} of image {self.name}: {error}") from error
+        size, image = (self.height, self.width), f"image {self.name}"
+        counts = [
+            rle.runs_of(segmentation, size, f"{self.file}: annotation {annotation_id} of {image}")
+            for annotation_id, _, _, segmentation in annotations
+        ]
         return Entities(
-            layers=rle.label_layers(counts, self.height, self.width),
+            layers=label_layers(counts, *size),
             labels=np.array([label for _, label, _, _ in annotations], np.int32),
             crowd=np.array([crowd for _, _, crowd, _ in annotations], bool),
             ids=tuple(annotation_id for annotation_id, _, _, _ in annotations),
@@ -156,8 +158,7 @@ class PanopticRecord(Record):
     crowd: np.ndarray
 
     def load_entities(self) -> Entities:
-        rgb = image_io.load_image(self.mask_file).astype(np.int64)
-        ids_hw = rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
+        ids_hw = ids_from_rgb(image_io.load_image(self.mask_file))
         _check_map_size(self, self.mask_file, ids_hw)
         layer = _rank_map(ids_hw, self.segment_ids)
         unknown = ids_hw[(layer == 0) & (ids_hw != 0)]
@@ -167,7 +168,8 @@ class PanopticRecord(Record):
         if (counts == 0).any():
             missing = self.segment_ids[np.flatnonzero(counts == 0)[0]]
             raise ValueError(f"{self.mask_file}: no pixel has segment id {missing} of 'segments_info'")
-        return Entities([layer], self.labels, self.crowd, tuple(self.segment_ids.tolist()))
+        ids = tuple(self.segment_ids.tolist())
+        return Entities(layers=[layer], ids=ids, labels=self.labels, crowd=self.crowd)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +184,8 @@ class SemanticRecord(Record):
         classes = np.unique(values_hw)
         classes = classes[classes != 255]
         layer = _rank_map(values_hw, classes)
-        return Entities([layer], classes.astype(np.int32), np.zeros(len(classes), bool), tuple(classes.tolist()))
+        columns = {"labels": classes.astype(np.int32), "crowd": np.zeros(len(classes), bool)}
+        return Entities(layers=[layer], ids=tuple(classes.tolist()), **columns)
 
 
 def _check_map_size(record: Record, file: Path, map_hw: np.ndarray) -> None:

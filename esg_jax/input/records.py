@@ -2,42 +2,31 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, Self
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32, Int64, UInt8
+from jaxtyping import Bool, Int32, UInt8
 
 from esg_jax.input import image_io
+from esg_jax.masks import MaskSet
 
 
-@dataclasses.dataclass(frozen=True)
-class Entities:
-    """Decoded annotations of an image.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entities(MaskSet):
+    """Decoded annotations of an image, at its original resolution; `ids` are those of the file.
 
-    layers: label maps at the original resolution; value k + 1 marks entity k, and every entity lies in exactly one.
     labels: contiguous class index of every entity.
     crowd: True for regions that stand for uncounted entities; training leaves them out, evaluation ignores them.
-    ids: the annotation ids of the file.
     """
 
-    layers: list[Int[np.ndarray, "height width"]]
     labels: Int32[np.ndarray, "n"]
     crowd: Bool[np.ndarray, "n"]
-    ids: tuple[Any, ...]
 
-    def areas(self) -> Int64[np.ndarray, "n"]:
-        """Pixels of every entity at the original resolution."""
-        total = np.zeros(len(self.labels) + 1, np.int64)
-        for labels in self.layers:
-            total += np.bincount(labels.ravel(order="K"), minlength=len(total))
-        return total[1:]
-
-    def mask(self, index: int) -> Bool[np.ndarray, "height width"]:
-        """Mask of one entity at the original resolution."""
-        out = np.zeros(self.layers[0].shape, bool)
-        for labels in self.layers:
-            out |= labels == index + 1
-        return out
+    @classmethod
+    def unlabelled(cls, masks: MaskSet) -> Self:
+        """Masks that have no class; none is a crowd."""
+        count = len(masks)
+        return cls(layers=masks.layers, ids=masks.ids, labels=np.zeros(count, np.int32), crowd=np.zeros(count, bool))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from esg_jax.input import image_io
 from esg_jax.input.narratives import GroundingSourceConfig, MaskIndex, Narratives
 from esg_jax.input.readers import CocoInstances, SourceConfig
 from esg_jax.input.records import Entities, Record
+from esg_jax.masks import MaskSet
 
 _IGNORE = 255
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -171,7 +172,7 @@ class ReasonRecord(Record):
         """One entity: all that is asked for. None when nothing is."""
         layer = (self.region_map() == 1).astype(np.uint8)
         count = int(any(value == 1 for value, _ in self.polygons))
-        return Entities([layer], np.zeros(count, np.int32), np.zeros(count, bool), ("target",)[:count])
+        return Entities.unlabelled(MaskSet([layer], ("target",)[:count]))
 
     def load_ignore(self) -> Bool[np.ndarray, "height width"] | None:
         ignored = self.region_map() == _IGNORE

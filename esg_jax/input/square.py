@@ -56,7 +56,7 @@ def entity_map(
         label_map int16 (side, side), 0 for nothing; its content's (height, width); the slot of every entity (label
         minus 1), -1 for those left out and those of which no pixel is left.
     """
-    areas = entities.areas()
+    areas = entities.areas
     kept = np.flatnonzero(~entities.crowd & (areas > 0))
     if len(kept) > max_entities:
         kept = np.sort(kept[np.argsort(-areas[kept], kind="stable")[:max_entities]])

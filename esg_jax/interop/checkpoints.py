@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def load_checkpoint(
     num_heads: int | None = None,
     allow_missing: str | None = None,
     allow_unused: str | None = None,
-    shardings: Mapping[str, Any] | None = None,
+    shardings: Callable[[str, tuple[int, ...]], Any] | None = None,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
     seed: int = 0,
@@ -78,7 +78,8 @@ def load_checkpoint(
         allow_missing: regular expression of our parameters that keep their random initialisation, for example
             ``^association`` to start CropFormer from a Mask2Former.
         allow_unused: regular expression of their tensors that are ignored.
-        shardings: our name -> sharding; parameters go straight to their devices, one at a time.
+        shardings: our name and shape -> sharding, such as `esg_jax.sharding.Layout`; parameters go straight to their
+            devices, one at a time.
         dtype, param_dtype: of the computation and of the parameters.
         seed: of the parameters that `allow_missing` leaves at random.
 
@@ -154,9 +155,9 @@ def _reader(source: str | Path | CheckpointReader) -> CheckpointReader:
     return next((reader for reader in opened if reader is not None), None) or open_checkpoint(source)
 
 
-def _placed(arrays: Iterator[tuple[str, Any]], shardings: Mapping[str, Any] | None):
+def _placed(arrays: Iterator[tuple[str, Any]], shardings: Callable[[str, tuple[int, ...]], Any] | None):
     for name, array in arrays:
-        sharding = shardings[name] if shardings else None
+        sharding = shardings(name, array.shape) if shardings else None
         if not isinstance(array, Stacked):
             yield name, jax.device_put(array, sharding) if shardings else array
         elif shardings or jax.default_backend() != "cpu":
@@ -182,7 +183,7 @@ def load_part(
     source: str | Path | CheckpointReader,
     *,
     allow_unused: str | None = None,
-    shardings: Mapping[str, Any] | None = None,
+    shardings: Callable[[str, tuple[int, ...]], Any] | None = None,
 ) -> tuple[nnx.Module, Report]:
     """A backbone with pretrained weights, or a part of a model with those of a larger one, GELLA's with LLaVA's.
 
@@ -194,7 +195,7 @@ def load_part(
             checkpoint's, see `load_checkpoint`.
         source: any checkpoint (see `open_checkpoint`), or a reader that is open already.
         allow_unused: regular expression of their tensors that are ignored.
-        shardings: name within the part -> sharding; parameters go straight to their devices.
+        shardings: name within the part and shape -> sharding; parameters go straight to their devices.
 
     Raises:
         FileNotFoundError: no such file.

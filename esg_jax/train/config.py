@@ -16,9 +16,9 @@ from esg_jax.losses.cropformer import LossConfig
 from esg_jax.losses.gella import GellaLossConfig
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
 from esg_jax.models.gella import Gella, GellaConfig
+from esg_jax.sharding import DEFAULT_RULES, Rules, make_mesh
 from esg_jax.train.loop import LoopConfig
 from esg_jax.train.optim import OptimConfig
-from esg_jax.train.sharding import DEFAULT_RULES, Rules, make_mesh
 from esg_jax.train.state import ModelDef
 from esg_jax.train.step import StepConfig, TrainStep
 from esg_jax.train.tasks import GroundingTask, SegmentationTask

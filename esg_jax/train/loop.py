@@ -14,10 +14,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from esg_jax.sharding import put_batch
 from esg_jax.train.checkpoint import Checkpointer
 from esg_jax.train.flops import peak_flops
 from esg_jax.train.logging import MetricWriter, Progress, log_progress
-from esg_jax.train.sharding import put_batch
 from esg_jax.train.state import TrainState
 from esg_jax.train.step import TrainStep
 

@@ -18,8 +18,8 @@ from esg_jax.input.grounding import GroundingDataConfig
 from esg_jax.models.cropformer import CropFormerConfig
 from esg_jax.models.language.llama import KVCache, Llama, LlamaConfig
 from esg_jax.models.language.quantized import quantize
+from esg_jax.sharding import make_mesh
 from esg_jax.train.config import PRECISIONS, RunConfig, model_def
-from esg_jax.train.sharding import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from esg_jax.train import sharding
+from esg_jax import sharding
 from esg_jax.train.flops import count_flops
 from esg_jax.train.optim import OptimConfig, clip_by_norm, learning_rate_multipliers, make_optimizer, make_schedule
 from esg_jax.train.state import Arrays, ModelDef, TrainState, create_state

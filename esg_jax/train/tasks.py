@@ -11,13 +11,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from esg_jax import sharding
 from esg_jax.losses.cropformer import Assignment, LossConfig, cropformer_loss, loss_and_assignment, loss_normalizers
 from esg_jax.losses.gella import GellaLossConfig, answer_loss, association_loss
 from esg_jax.models.backbones.frozen_norm import running_statistics, use_batch_statistics
 from esg_jax.models.cropformer import CropFormer
 from esg_jax.models.gella import Gella
 from esg_jax.models.gella.colormap import pack_labels
-from esg_jax.train import sharding
 from esg_jax.train.step import STATISTICS, Batch, Metrics
 
 # Number of the task in a batch, see `input.narratives.TASKS`.

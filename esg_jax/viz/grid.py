@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw
 
+from esg_jax.masks import BACKGROUND
 from esg_jax.viz.overlay import overlay
 from esg_jax.viz.palette import assign_colors
 from esg_jax.viz.text import fit_text, font
@@ -79,10 +80,10 @@ class GridRow:
 
     Attributes:
         image: RGB.
-        prediction: label map, best entity 0, -1 where there is none (`EntityPrediction.label_map`).
+        prediction: label map, k + 1 where entity k is, 0 where none is (`MaskSet.label_map`).
         target: label map of the ground truth, or None.
         title: what the picture is, e.g. the file name.
-        scores: confidence of every predicted label, or None.
+        scores: confidence of every predicted entity, or None.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
@@ -107,23 +108,23 @@ def prediction_grid(rows: Iterable[GridRow], *, cell_width: int = 560) -> UInt8[
     with_target = any(row.target is not None for row in rows)
     cells, captions = [], []
     for row in rows:
-        count = int(row.prediction.max(initial=-1)) + 1
+        count = int(row.prediction.max(initial=BACKGROUND))
         height, width = row.prediction.shape
         side = round(cell_width * max(1.0, height / width))  # drawn at the size shown: lines and tags stay readable
         tags = None if row.scores is None else [f"{score:.2f}" for score in row.scores]
         colors, found = None, ""
         target, annotated = None, ""
         if row.target is not None:
-            total = int(row.target.max(initial=-1)) + 1
+            total = int(row.target.max(initial=BACKGROUND))
             target_colors = assign_colors(row.target, total)
             target = overlay(row.image, row.target, colors=target_colors, max_side=side)
             pairs = matches(row.prediction, row.target)
-            fixed = {label: int(target_colors[match]) for label, match in pairs.items()}
+            fixed = {found: int(target_colors[match]) for found, match in pairs.items()}
             colors = assign_colors(row.prediction, count, fixed)
-            present = np.unique(row.target[row.target >= 0]).size
+            present = np.unique(row.target[row.target != BACKGROUND]).size
             found = f"{len(set(pairs.values()))} of {present} found at IoU 0.5, "
             annotated = f"{present} annotated"
-        predicted = np.unique(row.prediction[row.prediction >= 0]).size
+        predicted = np.unique(row.prediction[row.prediction != BACKGROUND]).size
         picture = overlay(row.image, row.prediction, tags, colors=colors, max_side=side)
         if with_target:
             cells.append([row.image, target, picture])
@@ -138,12 +139,10 @@ def prediction_grid(rows: Iterable[GridRow], *, cell_width: int = 560) -> UInt8[
 def matches(
     prediction: Int[np.ndarray, "h w"], target: Int[np.ndarray, "h w"], least_iou: float = 0.5
 ) -> dict[int, int]:
-    """Predicted label -> annotated label for pairs with an IoU of at least `least_iou`."""
-    count, total = int(prediction.max(initial=-1)) + 2, int(target.max(initial=-1)) + 2
-    joint = np.bincount(
-        ((prediction.ravel() + 1).astype(np.int64) * total + target.ravel() + 1), minlength=count * total
-    )
+    """Predicted entity -> annotated entity, both counted from 0, for pairs with an IoU of at least `least_iou`."""
+    count, total = (int(labels.max(initial=BACKGROUND)) + 1 for labels in (prediction, target))
+    joint = np.bincount(prediction.ravel().astype(np.int64) * total + target.ravel(), minlength=count * total)
     joint = joint.reshape(count, total)
     union = joint.sum(1, keepdims=True) + joint.sum(0, keepdims=True) - joint
     iou = (joint / np.maximum(union, 1))[1:, 1:]
-    return {int(label): int(match) for label, match in zip(*np.nonzero(iou >= least_iou), strict=True)}
+    return {int(found): int(match) for found, match in zip(*np.nonzero(iou >= least_iou), strict=True)}

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 from scipy import ndimage
 
+from esg_jax.masks import BACKGROUND
 from esg_jax.viz.palette import assign_colors, palette
 from esg_jax.viz.text import draw_tag, tag_box, text_size
 
@@ -26,27 +27,27 @@ def overlay(
 
     Args:
         image_hw3: RGB.
-        label_map: 0..n-1, and -1 where no entity is.
-        tags: one short text per label.
-        colors: index into `palette` per label; by default chosen so that neighbours contrast.
+        label_map: k + 1 where entity k is, 0 where none is.
+        tags: one short text per entity.
+        colors: index into `palette` per entity; by default chosen so that neighbours contrast.
         opacity: of the tint.
         max_side: larger images are drawn at this size, in pixels; those below half of it at up to twice their own.
 
     Raises:
-        ValueError: image and label map differ in size, or there are fewer tags or colours than labels.
+        ValueError: image and label map differ in size, or there are fewer tags or colours than entities.
     """
     if image_hw3.shape[:2] != label_map.shape:
         raise ValueError(f"image {image_hw3.shape[:2]} and label map {label_map.shape} differ in size")
-    count = int(label_map.max(initial=-1)) + 1
+    count = int(label_map.max(initial=BACKGROUND))
     for name, values in (("tags", tags), ("colors", colors)):
         if values is not None and len(values) < count:
-            raise ValueError(f"{len(values)} {name} for {count} labels")
+            raise ValueError(f"{len(values)} {name} for {count} entities")
     if colors is None:
         colors = assign_colors(label_map, count)
     image_hw3, label_map = _rescale(image_hw3, label_map, max_side)
     picture = image_hw3.astype(np.float32)
-    tint = palette()[np.asarray(colors, int)[np.maximum(label_map, 0)]] if count else picture
-    inside = (label_map >= 0)[..., None]
+    tint = palette()[np.append(0, colors)[label_map]] if count else picture
+    inside = (label_map != BACKGROUND)[..., None]
     # What no entity owns loses some of its colour.
     gray = picture.mean(-1, keepdims=True)
     picture = np.where(inside, (1 - opacity) * picture + opacity * tint, 0.55 * picture + 0.45 * gray)
@@ -90,21 +91,21 @@ def resize_labels(label_map: Int[np.ndarray, "h w"], size: tuple[int, int]) -> I
 def _draw_tags(canvas: Image.Image, label_map: np.ndarray, tags: Sequence[str]) -> None:
     size = max(11, round(max(label_map.shape) / 85))
     taken = np.zeros(label_map.shape, bool)
-    boxes = ndimage.find_objects(label_map + 1)
-    areas = np.bincount(label_map.ravel() + 1, minlength=len(boxes) + 1)[1:]
-    for label in np.argsort(-areas, kind="stable"):
-        if not areas[label] or not tags[label]:
+    boxes = ndimage.find_objects(label_map)
+    areas = np.bincount(label_map.ravel(), minlength=len(boxes) + 1)[1:]
+    for row in np.argsort(-areas, kind="stable"):
+        if not areas[row] or not tags[row]:
             continue
-        rows, columns = boxes[label]
+        rows, columns = boxes[row]
         # Distance to the border, the picture's own border included.
-        room = ndimage.distance_transform_edt(np.pad(label_map[rows, columns] == label, 1))[1:-1, 1:-1]
+        room = ndimage.distance_transform_edt(np.pad(label_map[rows, columns] == row + 1, 1))[1:-1, 1:-1]
         y, x = np.unravel_index(room.argmax(), room.shape)
-        width, height = text_size(tags[label], size)
+        width, height = text_size(tags[row], size)
         if room[y, x] < 0.4 * max(height, 0.6 * width):
             continue
         center = (columns.start + x + 0.5, rows.start + y + 0.5)
-        x0, y0, x1, y1 = tag_box(center, tags[label], size, canvas.size)
+        x0, y0, x1, y1 = tag_box(center, tags[row], size, canvas.size)
         if taken[y0:y1, x0:x1].any():
             continue
         taken[y0:y1, x0:x1] = True
-        draw_tag(canvas, center, tags[label], size)
+        draw_tag(canvas, center, tags[row], size)

@@ -43,10 +43,10 @@ def _oklab_to_srgb(lab: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
 
 
 def neighbours(label_map: Int[np.ndarray, "h w"], count: int, side: int = 320) -> Bool[np.ndarray, "count count"]:
-    """Which labels 0..count-1 touch or nearly touch, judged on a copy of at most `side` pixels."""
+    """Which of the entities (labels 1..count) touch or nearly touch, judged on a copy of at most `side` pixels."""
     step = max(1, -(-max(label_map.shape) // side))
     small = label_map[::step, ::step]
-    touching = np.zeros((count + 1, count + 1), bool)  # the last row and column: background, label -1
+    touching = np.zeros((count + 1, count + 1), bool)  # the first row and column: background
     for distance in (1, 2, 3):
         for first, second in (
             (small[distance:], small[:-distance]),
@@ -55,38 +55,38 @@ def neighbours(label_map: Int[np.ndarray, "h w"], count: int, side: int = 320) -
             touching[first.ravel(), second.ravel()] = True
     touching |= touching.T
     np.fill_diagonal(touching, False)
-    return touching[:count, :count]
+    return touching[1:, 1:]
 
 
 def assign_colors(
     label_map: Int[np.ndarray, "h w"], count: int, fixed: dict[int, int] | None = None
 ) -> Int[np.ndarray, "count"]:
-    """Index into `palette` for each label 0..count-1 (-1 is background), neighbours far apart.
+    """Index into `palette` for each entity, neighbours far apart.
 
     Greedy from the largest entity down: the colour farthest from those of its neighbours; among nearly as good ones,
     the one used least so far.
 
     Args:
-        label_map: labels.
-        count: number of labels.
-        fixed: colours decided elsewhere, label -> index.
+        label_map: k + 1 where entity k is, 0 where none is.
+        count: number of entities.
+        fixed: colours decided elsewhere, entity -> index.
     """
     lab = _palette_lab()
     distance = np.linalg.norm(lab[:, None] - lab[None], axis=-1)
     touching = neighbours(label_map, count)
-    areas = np.bincount(label_map.ravel() + 1, minlength=count + 1)[1:]
+    areas = np.bincount(label_map.ravel(), minlength=count + 1)[1:]
     chosen = np.full(count, -1)
     used = np.zeros(len(lab), int)
-    for label, color in (fixed or {}).items():
-        chosen[label] = color
+    for row, color in (fixed or {}).items():
+        chosen[row] = color
         used[color] += 1
-    for label in np.argsort(-areas, kind="stable"):
-        if chosen[label] >= 0:
+    for row in np.argsort(-areas, kind="stable"):
+        if chosen[row] >= 0:
             continue
-        around = chosen[touching[label]]
+        around = chosen[touching[row]]
         around = around[around >= 0]
         room = distance[:, around].min(axis=1) if around.size else np.full(len(lab), np.inf)
         good = room >= min(0.8 * room.max(), 0.2)
-        chosen[label] = min(np.flatnonzero(good), key=lambda color: (used[color], color))
-        used[chosen[label]] += 1
+        chosen[row] = min(np.flatnonzero(good), key=lambda color: (used[color], color))
+        used[chosen[row]] += 1
     return chosen

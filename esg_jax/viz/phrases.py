@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw
 
+from esg_jax.masks import BACKGROUND
 from esg_jax.viz.overlay import overlay
 from esg_jax.viz.palette import palette
 from esg_jax.viz.text import font, text_size
@@ -38,10 +39,10 @@ def phrase_picture(
         ValueError: image and label map differ in size.
     """
     colors = _phrase_colors(len(phrases))
-    owner = np.full(int(label_map.max(initial=0)) + 1, -1)
-    for number, (_, _, entities) in enumerate(phrases):
+    owner = np.full(int(label_map.max(initial=BACKGROUND)) + 1, BACKGROUND)
+    for number, (_, _, entities) in enumerate(phrases, start=1):
         for entity in entities:
-            if owner[entity + 1] < 0:
+            if owner[entity + 1] == BACKGROUND:
                 owner[entity + 1] = number
     picture = overlay(
         image_hw3, owner[label_map], [phrase for phrase, _, _ in phrases], colors=colors, max_side=max_side

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from data.pack import pack, unpack
-from esg_jax.input import rle
 from esg_jax.input.pipeline import DataConfig, train_iterator
 from esg_jax.input.readers import SourceConfig, open_source
+from esg_jax.masks import rle
 
 RNG = np.random.default_rng(0)
 
@@ -30,7 +30,7 @@ def write_source(folder: Path, names, categories=("entity",), size=(40, 64)):
             mask = np.zeros(size, np.uint8)
             mask[box[0] : box[2], box[1] : box[3]] = 1
             entry = {"id": 10 * number + k, "image_id": number, "category_id": content["categories"][-1]["id"]}
-            entry |= {"iscrowd": crowd, "segmentation": rle.encode_label_map(mask, 1)[0][0]}
+            entry |= {"iscrowd": crowd, "segmentation": rle.to_json(rle.encode_labels(mask, 1)[0])}
             content["annotations"].append(entry)
     (folder / "annotations.json").write_text(json.dumps(content))
     return SourceConfig(annotations=str(folder / "annotations.json"))
@@ -95,7 +95,7 @@ def test_unpacked_for_evaluation(tmp_path):
     result = open_source(SourceConfig(annotations=str(tmp_path / "out" / "annotations.json")))
     for index, config in enumerate(sources):
         np.testing.assert_array_equal(result[index].load_image(), open_source(config)[0].load_image())
-    assert sorted(result[0].load_entities().areas().tolist()) == [140, 600, 600]
+    assert sorted(result[0].load_entities().areas.tolist()) == [140, 600, 600]
 
 
 def run(*arguments):

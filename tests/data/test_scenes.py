@@ -114,7 +114,7 @@ def test_written_scenes_read_back(tmp_path):
     record = source[1]
     entities = record.load_entities()
     np.testing.assert_array_equal(entities.layers[0], scene.labels)
-    np.testing.assert_array_equal(entities.areas(), np.bincount(scene.labels.ravel())[1:])
+    np.testing.assert_array_equal(entities.areas, np.bincount(scene.labels.ravel())[1:])
     assert np.abs(record.load_image().astype(int) - scene.image).mean() < 12  # JPEG
     annotation = json.loads(file.read_text())["annotations"][0]
     rows, columns = np.nonzero(render_scene((7, 0), SMALL).labels == 1)

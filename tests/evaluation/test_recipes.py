@@ -1,14 +1,13 @@
 """Every recipe's command parses, names a known configuration, and quotes metrics that its result has."""
 
-import argparse
 import shlex
 
 import pytest
 
 from configs.recipes import reconstruction, sets, tables
-from esg_jax.config import from_dict
-from esg_jax.evaluation import averages, commands
-from esg_jax.evaluation.config import EvalConfig
+from esg_jax import cli
+from esg_jax.evaluation.metrics import averages
+from esg_jax.evaluation.tasks import task_from_dict
 
 ESG_TABLES = (1, 2, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23)
 GLEE_TABLES = (4, 5, 6, 7, 8, 9)
@@ -21,8 +20,7 @@ def test_every_table_has_a_recipe():
 
 @pytest.mark.parametrize("name", tables.RECIPES)
 def test_commands_are_valid(name):
-    parser = argparse.ArgumentParser()
-    commands.add_parsers(parser.add_subparsers())
+    parser = cli.make_parser("evaluate")
     for command in tables.RECIPES[name].command.split(" && "):
         words = shlex.split(command)
         if words[0] == "esg":
@@ -34,7 +32,7 @@ def test_commands_are_valid(name):
         assert set(flags) <= {"config", "checkpoint", "out", "views"} | {f"config.{name}" for name in config}
         file, set_name = flags["config"].split(":")
         assert file == "configs/recipes/sets.py"
-        from_dict(EvalConfig, {**sets.get_config(set_name).to_dict(), **config})
+        task_from_dict({**sets.get_config(set_name).to_dict(), **config})
     assert tables.show(name).startswith(name)
 
 
@@ -47,7 +45,7 @@ def test_unknown_names_are_refused(capsys):
 
 def test_data_of_the_reconstruction():
     made = {
-        name: from_dict(EvalConfig, reconstruction.get_config(f"{name},some,folder").to_dict())
+        name: task_from_dict(reconstruction.get_config(f"{name},some,folder").to_dict())
         for name in ("scenes", "entity_mini")
     }
     assert made["scenes"].annotations == "some,folder/annotations.json"

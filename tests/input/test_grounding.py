@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 
 from esg_jax.config import from_dict, to_dict
-from esg_jax.input import rle
 from esg_jax.input.grounding import (
     GroundingDataConfig,
     TaskSchedule,
@@ -17,6 +16,7 @@ from esg_jax.input.grounding import (
 from esg_jax.input.grounding_readers import GroundingSourceConfig, open_narratives
 from esg_jax.input.records import Entities
 from esg_jax.input.square import entity_map, square_labels
+from esg_jax.masks import MaskSet, rle
 from esg_jax.text.prompts import Prompts
 from esg_jax.text.sequences import SequenceBuilder
 from tests.text.byte_tokenizer import ByteTokenizer
@@ -47,7 +47,7 @@ def root(tmp_path_factory):
         name, labels = f"{i}.png", labels_of(i)
         Image.fromarray(np.full((HEIGHT, WIDTH, 3), 40 * i, np.uint8)).save(root / name)
         images.append({"id": 10 + i, "file_name": name, "height": HEIGHT, "width": WIDTH})
-        for number, encoded in enumerate(rle.encode_label_map(labels, 4)[0], start=1):
+        for number, encoded in enumerate(map(rle.to_json, rle.encode_labels(labels, 4)), start=1):
             annotations.append({"id": 100 * i + number, "image_id": 10 + i, "category": "x", "segmentation": encoded})
         phrases = [
             {**span("red top"), "mask_ids": [100 * i + 1]},
@@ -238,15 +238,13 @@ def test_entity_map_rules():
     labels[1, 2:6, 2:6] = 2
     labels[1, 0, 0] = 3
     crowd = np.array([False, False, True])
-    entities = Entities(list(labels), np.zeros(3, np.int32), crowd, (1, 2, 3))
+    entities = Entities(layers=list(labels), labels=np.zeros(3, np.int32), crowd=crowd, ids=(1, 2, 3))
     label_map, size, slots = entity_map(entities, 32, 5)
     assert size.tolist() == [32, 32] and slots.tolist() == [0, 1, -1]
     np.testing.assert_array_equal(label_map, np.kron(np.where(labels[1] == 2, 2, 1), np.ones((4, 4), int)))
     # The largest is kept; entities without any pixel get no slot.
     assert entity_map(entities, 32, 1)[2].tolist() == [0, -1, -1]
-    covered = Entities(
-        [np.ones((8, 8), np.uint8), np.full((8, 8), 2)], np.zeros(2, np.int32), np.zeros(2, bool), (1, 2)
-    )
+    covered = Entities.unlabelled(MaskSet([np.ones((8, 8), np.uint8), np.full((8, 8), 2)], (1, 2)))
     assert entity_map(covered, 32, 5)[2].tolist() == [-1, 1]
 
 

@@ -16,7 +16,8 @@ class GridRecord(Record):
         cell = np.arange(HEIGHT)[:, None] * rows // HEIGHT * columns + np.arange(WIDTH) * columns // WIDTH
         count = rows * columns
         crowd = np.zeros(count, bool) if crowd is None else crowd
-        entities = Entities([cell + 1], np.arange(count, dtype=np.int32) + 10, crowd, tuple(range(count)))
+        labels = np.arange(count, dtype=np.int32) + 10
+        entities = Entities(layers=[cell + 1], ids=tuple(range(count)), labels=labels, crowd=crowd)
         object.__setattr__(self, "entities", entities)
         gray = (cell * 255 // max(count - 1, 1)).astype(np.uint8)
         object.__setattr__(self, "pixels", np.repeat(gray[..., None], 3, -1))

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from esg_jax.input import rle
 from esg_jax.input.image_io import ImageError
 from esg_jax.input.readers import SourceConfig, open_source, register_reader
+from esg_jax.masks import rle
 
 LABELS = np.array([[1, 1, 2, 2, 0], [1, 3, 3, 2, 0], [3, 3, 3, 2, 2], [3, 0, 0, 0, 2]])
 
@@ -18,8 +18,8 @@ def coco(tmp_path):
     def write(change=lambda content: None):
         for name in ("a.png", "b.png"):
             Image.fromarray(np.zeros((4, 5, 3), np.uint8)).save(tmp_path / name)
-        rles, _ = rle.encode_label_map(LABELS, 3)
-        uncompressed = {"size": [4, 5], "counts": rle.counts_of(rles[1], 4, 5).tolist()}
+        rles = [rle.to_json(code) for code in rle.encode_labels(LABELS, 3)]
+        uncompressed = {"size": [4, 5], "counts": rle.runs_of(rles[1], (4, 5)).tolist()}
         content = {
             "images": [
                 {"id": 7, "file_name": "a.png", "height": 4, "width": 5},
@@ -51,11 +51,11 @@ def test_coco_instances(coco):
     np.testing.assert_array_equal(entities.layers[0], LABELS)
     np.testing.assert_array_equal(entities.labels, [1, 0, 1])
     np.testing.assert_array_equal(entities.crowd, [False, False, True])
-    np.testing.assert_array_equal(entities.areas(), np.bincount(LABELS.ravel())[1:])
+    np.testing.assert_array_equal(entities.areas, np.bincount(LABELS.ravel())[1:])
     np.testing.assert_array_equal(entities.mask(1), LABELS == 2)
     assert entities.ids == (1, 2, 3)
     empty = source[1].load_entities()
-    assert empty.layers == [] and len(empty.labels) == 0 and empty.areas().shape == (0,)
+    assert empty.layers == [] and len(empty.labels) == 0 and empty.areas.shape == (0,)
 
 
 def drop(key):
@@ -201,7 +201,7 @@ def test_entity_mini_decodes_without_overlap(shared, split):
     for index in range(0, len(source), 9):
         entities = source[index].load_entities()
         assert len(entities.layers) == 1 or entities.crowd.any()
-        np.testing.assert_array_equal(entities.areas(), [areas[i] for i in entities.ids])
+        np.testing.assert_array_equal(entities.areas, [areas[i] for i in entities.ids])
 
 
 def test_coco_panoptic_mini_areas(shared):
@@ -213,4 +213,4 @@ def test_coco_panoptic_mini_areas(shared):
     for index in range(0, len(source), 13):
         record = source[index]
         entities = record.load_entities()
-        np.testing.assert_array_equal(entities.areas(), [areas[record.image_id, i] for i in entities.ids])
+        np.testing.assert_array_equal(entities.areas, [areas[record.image_id, i] for i in entities.ids])

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from data import refer_images
-from esg_jax.input import rle
 from esg_jax.input.grounding import ExampleMaker, GroundingDataConfig, train_dataset
 from esg_jax.input.grounding_readers import open_narratives
 from esg_jax.input.narratives import GroundingSourceConfig, linked_by_overlap
 from esg_jax.input.records import Entities
+from esg_jax.masks import MaskSet, rle
 from esg_jax.text.prompts import Prompts
 from esg_jax.text.sequences import SequenceBuilder
 from tests.text.byte_tokenizer import ByteTokenizer
@@ -45,7 +45,7 @@ def root(tmp_path_factory):
         name, labels = f"COCO_train2014_{image:012d}.jpg", labels_of(image)
         Image.fromarray(np.full((HEIGHT, WIDTH, 3), 90 * image, np.uint8)).save(root / name)
         images.append({"id": image, "file_name": name, "height": HEIGHT, "width": WIDTH})
-        for k, code in enumerate(rle.encode_label_map(labels, 3)[0], start=1):
+        for k, code in enumerate(map(rle.to_json, rle.encode_labels(labels, 3)), start=1):
             entry = {"id": 10 * image + k, "image_id": image, "category_id": 1, "iscrowd": 0, "segmentation": code}
             annotations.append(entry)
         parts = labels.copy()  # a segmenter that cuts mask 1 in two
@@ -271,8 +271,8 @@ def test_masks_of_a_segmenter_are_linked_by_overlap(root):
 
 def test_overlap_rule():
     def entities(*masks):
-        zeros = np.zeros(len(masks), int)
-        return Entities([m * np.uint8(k + 1) for k, m in enumerate(masks)], zeros, zeros > 0, tuple(range(len(masks))))
+        layers = [mask * np.uint8(k) for k, mask in enumerate(masks, start=1)]
+        return Entities.unlabelled(MaskSet(layers, tuple(range(len(masks)))))
 
     row = np.arange(10)[None]
     truth = entities(row < 8)

@@ -8,6 +8,7 @@ from esg_jax.input.grounding import GroundingDataConfig
 from esg_jax.input.pipeline import DataConfig
 from esg_jax.input.records import Entities
 from esg_jax.input.square import content_slices, entity_map, square_image, square_labels
+from esg_jax.masks import MaskSet
 from esg_jax.ops.padding import PAD_POSITIONS, content_mask, content_start
 
 
@@ -38,7 +39,7 @@ def test_the_odd_row_is_behind_the_content():
 def test_centred_entities_are_the_same_entities():
     layer = np.zeros((20, 40), np.int32)
     layer[2:10, 4:20], layer[12:20, 30:40] = 1, 2
-    entities = Entities([layer], np.zeros(2, np.int32), np.zeros(2, bool), (1, 2))
+    entities = Entities.unlabelled(MaskSet([layer], (1, 2)))
     plain, size, slots = entity_map(entities, 32, 5)
     centred, centred_size, centred_slots = entity_map(entities, 32, 5, "center")
     assert size.tolist() == centred_size.tolist() == [16, 32] and slots.tolist() == centred_slots.tolist()

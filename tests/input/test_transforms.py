@@ -17,7 +17,9 @@ class ArrayRecord(Record):
         object.__setattr__(self, "pixels", image)
         layers = [mask.astype(np.int32) * (k + 1) for k, mask in enumerate(masks)]
         crowd = np.zeros(len(masks), bool) if crowd is None else np.asarray(crowd)
-        entities = Entities(layers, np.arange(len(masks), dtype=np.int32), crowd, tuple(range(len(masks))))
+        entities = Entities(
+            layers=layers, ids=tuple(range(len(masks))), labels=np.arange(len(masks), dtype=np.int32), crowd=crowd
+        )
         object.__setattr__(self, "entities", entities)
 
     def load_image(self):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from esg_jax.inference.decoding import DecodingConfig, generate
+from esg_jax.inference.grounding.decoding import DecodingConfig, generate
 from esg_jax.interop.convert import ConversionError, from_ours
 from esg_jax.interop.families.llama import LLAMA, llama_json
 from esg_jax.interop.gguf import load_llama, packaged_smollm2

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from esg_jax.sharding import make_mesh
 from esg_jax.train.optim import OptimConfig
-from esg_jax.train.sharding import make_mesh
 from esg_jax.train.step import StepConfig, TrainStep
 
 # importlib import mode has no packages; the toy model is plain test support code.

@@ -16,11 +16,11 @@ import pytest
 
 from configs import tiny
 from esg_jax.input.pipeline import train_iterator
+from esg_jax.sharding import make_mesh, put_batch
 from esg_jax.train.checkpoint import Checkpointer
 from esg_jax.train.config import RunConfig
 from esg_jax.train.logging import MetricWriter
 from esg_jax.train.loop import LoopConfig, fit
-from esg_jax.train.sharding import make_mesh, put_batch
 from esg_jax.weights import load_model, named_arrays, read_info
 
 pytestmark = pytest.mark.slow

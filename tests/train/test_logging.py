@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 import toy
 
+from esg_jax.sharding import put_batch
 from esg_jax.train.flops import count_flops, peak_flops
 from esg_jax.train.logging import MetricWriter, Progress, log_progress
-from esg_jax.train.sharding import put_batch
 
 
 def test_loggers_are_imported_only_on_request(tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 from esg_jax.models.cropformer import CropFormer, CropFormerConfig
+from esg_jax.sharding import DEFAULT_RULES, make_mesh, partition_specs
 from esg_jax.train.optim import OptimConfig, decay_mask, learning_rate_multipliers
-from esg_jax.train.sharding import DEFAULT_RULES, make_mesh, partition_specs
 from esg_jax.train.state import ModelDef
 
 # The reference decides by module type: LayerNorm and GroupNorm, nn.Embedding, and the name of the position table.

@@ -11,7 +11,7 @@ import pytest
 import toy
 from jax.sharding import PartitionSpec as P
 
-from esg_jax.train import sharding
+from esg_jax import sharding
 from esg_jax.train.optim import OptimConfig
 from esg_jax.train.step import map_images
 
@@ -126,7 +126,7 @@ sys.path.insert(0, sys.argv[1])
 import jax, toy
 from esg_jax.train.optim import OptimConfig
 from esg_jax.train.step import map_images
-from esg_jax.train.sharding import make_mesh, put_batch
+from esg_jax.sharding import make_mesh, put_batch
 from esg_jax.train.step import TrainStep
 step = TrainStep(toy.toy_model(), toy.ToyTask(), optim=OptimConfig(learning_rate=1e-2, clip_norm=1.0),
                  total_steps=20, mesh=make_mesh(1, -1, 1, devices=jax.devices()[:1]))

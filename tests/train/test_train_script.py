@@ -5,11 +5,11 @@ import json
 
 import numpy as np
 import pytest
+from flax import nnx
 
 import train
 from configs import tiny
-from esg_jax.evaluation import run as scoring
-from esg_jax.evaluation.config import EvalConfig
+from esg_jax.evaluation.tasks import EntityTask
 from esg_jax.train.config import RunConfig
 from esg_jax.train.logging import MetricWriter
 from esg_jax.train.state import TrainState
@@ -24,7 +24,7 @@ def run(tiny_data):
 
 @pytest.fixture(scope="module")
 def recipe(tiny_data):
-    return EvalConfig(annotations=f"{tiny_data}/annotations.json", images=str(tiny_data), grid_images=0)
+    return EntityTask(annotations=f"{tiny_data}/annotations.json", images=str(tiny_data), grid_images=0)
 
 
 @dataclasses.dataclass
@@ -58,24 +58,29 @@ def test_averages_are_exported_with_what_inference_needs(run, tmp_path):
 def test_evaluation_is_that_of_eval_and_goes_into_the_metrics(run, recipe, tmp_path, monkeypatch, caplog):
     """The network is replaced by one that knows the answer."""
 
-    def write_entities(config, predictor, images, out, advance):
-        assert config is recipe and read_info(tmp_path / "model.safetensors")[1]["steps"] == 20
+    def predict(task, truth, run):
+        arrays = dict(nnx.to_flat_state(nnx.state(run.bundle.load())))
+        assert task is recipe and {float(arrays[path].get_value().max()) for path in trained(arrays)} == {2}
         content = json.loads((tmp_path / "truth.json").read_text())
         keys = ("image_id", "category_id", "segmentation")
         return [{"score": 0.9, **{key: item[key] for key in keys}} for item in content["annotations"]]
 
+    def trained(arrays):
+        return [path for path in arrays if ".".join(map(str, path)) in step.model.params]
+
     (tmp_path / "truth.json").write_text(open(recipe.annotations).read())
-    monkeypatch.setattr(train.evaluation, "write_entities", write_entities)
+    monkeypatch.setattr(EntityTask, "predict", predict)
     writer, step = MetricWriter(tmp_path), Untrained(run)
     with caplog.at_level("INFO", "esg_jax"):
         train.evaluate(run, recipe, step, tmp_path, writer, step.state)
     writer.close()
     (line,) = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert set(line) == {"step"} | {f"eval/{name}" for name in scoring.COLUMNS["entity"]}
+    assert set(line) == {"step"} | {f"eval/{name}" for name in recipe.columns}
     assert line["step"] == 20 and line["eval/mean_best_iou"] > 0.5
     assert "evaluation at step 20: AP " in caplog.text
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert results["metrics"]["AP"] == line["eval/AP"]
+    assert not (tmp_path / "model.safetensors").exists()  # nothing is gathered or written to be evaluated
 
 
 def test_recipe_and_cadence_belong_together(run, recipe):

@@ -10,8 +10,8 @@ from esg_jax.viz.text import fit_text, tag_box, text_size
 
 @pytest.fixture
 def mosaic():
-    """A 6 x 8 mosaic of labels 0..47 and a grey photograph."""
-    label_map = np.kron(np.arange(48).reshape(6, 8), np.ones((40, 50), int))
+    """A 6 x 8 mosaic of labels 1..48 and a grey photograph."""
+    label_map = np.kron(np.arange(1, 49).reshape(6, 8), np.ones((40, 50), int))
     return np.full((*label_map.shape, 3), 128, np.uint8), label_map
 
 
@@ -64,7 +64,7 @@ def test_tags_that_do_not_fit_are_left_out(mosaic):
 
 @pytest.mark.parametrize(("shape", "expected"), [((1, 1), (2, 2)), ((3000, 100), (1600, 53)), ((426, 640), (532, 800))])
 def test_overlay_size(shape, expected):
-    picture = overlay(np.zeros((*shape, 3), np.uint8), np.full(shape, -1))
+    picture = overlay(np.zeros((*shape, 3), np.uint8), np.zeros(shape, int))
     assert picture.shape[:2] == expected
 
 
@@ -72,7 +72,7 @@ def test_overlay_refuses_mismatches(mosaic):
     image, label_map = mosaic
     with pytest.raises(ValueError, match="differ in size"):
         overlay(image[:-1], label_map)
-    with pytest.raises(ValueError, match="3 tags for 48 labels"):
+    with pytest.raises(ValueError, match="3 tags for 48 entities"):
         overlay(image, label_map, ["a"] * 3)
 
 
@@ -98,10 +98,10 @@ def test_image_grid_layout():
 
 
 def test_prediction_grid_gives_matches_the_same_color():
-    target = np.zeros((60, 90), int)
-    target[:, 30:] = 1
-    target[:, 60:] = 2
-    prediction = np.where(target == 2, 0, np.where(target == 0, 1, -1))
+    target = np.ones((60, 90), int)
+    target[:, 30:] = 2
+    target[:, 60:] = 3
+    prediction = np.where(target == 3, 1, np.where(target == 1, 2, 0))
     assert matches(prediction, target) == {0: 2, 1: 0}
     row = GridRow(np.full((60, 90, 3), 100, np.uint8), prediction, target, "photo.jpg", [0.7, 0.6])
     page = prediction_grid([row], cell_width=90)
@@ -114,7 +114,7 @@ def test_prediction_grid_gives_matches_the_same_color():
 
 
 def test_prediction_grid_without_ground_truth_or_entities():
-    image, nothing = np.zeros((30, 40, 3), np.uint8), np.full((30, 40), -1)
+    image, nothing = np.zeros((30, 40, 3), np.uint8), np.zeros((30, 40), int)
     page = prediction_grid([GridRow(image, nothing)], cell_width=100)
     assert page.shape[1] == 2 * 100 + 3 * 14
     assert prediction_grid([GridRow(image, nothing, nothing)], cell_width=100).shape[1] == 3 * 100 + 4 * 14

@@ -18,8 +18,8 @@ from esg_jax.models.backbones.frozen_norm import (
 )
 from esg_jax.models.backbones.mobilenet_v2 import InvertedResidual, _run_block
 from esg_jax.models.layers import remat
+from esg_jax.sharding import BATCH_AXES, BATCH_SPEC, make_mesh
 from esg_jax.train.optim import OptimConfig
-from esg_jax.train.sharding import BATCH_AXES, BATCH_SPEC, make_mesh
 from esg_jax.train.state import ModelDef
 from esg_jax.train.step import STATISTICS, StepConfig, TrainStep
 

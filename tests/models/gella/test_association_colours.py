@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from esg_jax.inference.grounding_rules import entity_scores, match_queries
+from esg_jax.inference.grounding.decisions import entity_scores, match_queries
 from esg_jax.losses.cropformer import LossConfig
 from esg_jax.losses.gella import GellaLossConfig
 from esg_jax.models.gella import Gella
+from esg_jax.sharding import make_mesh
 from esg_jax.train.optim import OptimConfig
-from esg_jax.train.sharding import make_mesh
 from esg_jax.train.state import ModelDef
 from esg_jax.train.step import TrainStep
 from esg_jax.train.tasks import GroundingTask

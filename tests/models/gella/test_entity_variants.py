@@ -24,8 +24,8 @@ from esg_jax.models.gella.entity_variants import (
     RoiAlignConfig,
     _geometry,
 )
+from esg_jax.sharding import make_mesh
 from esg_jax.train.optim import OptimConfig
-from esg_jax.train.sharding import make_mesh
 from esg_jax.train.state import ModelDef
 from esg_jax.train.step import TrainStep
 from esg_jax.train.tasks import GroundingTask

@@ -14,8 +14,8 @@ from esg_jax.models.backbones.frozen_norm import FrozenBatchNorm
 from esg_jax.models.backbones.mobilenet_v2 import MobileNetV2Config
 from esg_jax.models.gella import Gella
 from esg_jax.models.gella.entity_variants import EntityBlocksConfig, RoiAlignConfig
+from esg_jax.sharding import make_mesh
 from esg_jax.train.optim import OptimConfig
-from esg_jax.train.sharding import make_mesh
 from esg_jax.train.state import ModelDef
 from esg_jax.train.step import TrainStep
 from esg_jax.train.tasks import GroundingTask

@@ -17,8 +17,8 @@ from esg_jax.models.gella.entity_encoder import EntityEncoderConfig
 from esg_jax.models.gella.resoblend import ResoBlendConfig
 from esg_jax.models.language.clip import ClipVisionConfig
 from esg_jax.ops.resize import resize_bilinear
+from esg_jax.sharding import make_mesh
 from esg_jax.train.optim import OptimConfig
-from esg_jax.train.sharding import make_mesh
 from esg_jax.train.state import ModelDef
 from esg_jax.train.step import TrainStep
 from esg_jax.train.tasks import GroundingTask

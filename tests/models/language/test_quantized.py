@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from esg_jax.inference.decoding import DecodingConfig, generate
+from esg_jax.inference.grounding.decoding import DecodingConfig, generate
 from esg_jax.interop.convert import load_into
 from esg_jax.models.language.llama import Llama, LlamaConfig
 from esg_jax.models.language.lora import Lora, LoraConfig, merge

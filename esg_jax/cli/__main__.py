@@ -1,0 +1,7 @@
+"""`python -m esg_jax.cli` is `esg`."""
+
+import sys
+
+from esg_jax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""The metrics: numpy in, numbers out. Nothing here reads files or knows what made a prediction."""

@@ -1,0 +1,1 @@
+"""Metrics of masks and boxes that text names, one file each."""

@@ -1,0 +1,1 @@
+"""Metrics of single images, one file each."""

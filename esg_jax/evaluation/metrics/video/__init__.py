@@ -1,0 +1,1 @@
+"""Metrics of tracks, one file each."""

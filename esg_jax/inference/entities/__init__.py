@@ -1,0 +1,1 @@
+"""Entity masks of images of any size."""

@@ -1,0 +1,1 @@
+"""Which entities a text speaks of."""
