@@ -213,7 +213,8 @@ class Run:
         config = f"configs/tiny.py:{self.work}" if self.dry else f"configs/gpu_demo.py:{self.pack}"
         command = [PYTHON, "train.py", f"--config={config}", f"--workdir={self.train_folder}"]
         if self.dry:
-            source = {"reader": "packed", "annotations": self.pack}
+            file = next(self.pack.glob("*.arrayrecord")) if self.pack.is_dir() else self.pack
+            source = {"reader": "packed", "annotations": file}
             command += [f"--config.data.sources.scenes.{key}={value}" for key, value in source.items()]
             command += [f"--config.loop.total_steps={self.last_metrics().get('step', 0) + 2}"]
             yield [*command, *self.options.train_options]
@@ -341,7 +342,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder of checkpoints and caches (default: OUT/work)")
     parser.add_argument("--minutes", type=float, default=10, help="for everything together")
     parser.add_argument("--train-share", type=float, default=0.4, help="least share of the time that training gets")
-    parser.add_argument("--data", type=Path, help="packed training data")
+    parser.add_argument("--data", type=Path, help="packed training data: a file, or a packed mix")
     parser.add_argument("--validation", type=Path, help="packed data that the trained weights are scored on")
     parser.add_argument("--wheels", type=Path, help="folder of wheels of packages that may be missing")
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these")
