@@ -3,6 +3,7 @@
     python benchmarks/gpu.py --data train.arrayrecord --validation val.arrayrecord --minutes 10
     python benchmarks/gpu.py --wheels wheels --data train.arrayrecord     # where nothing can be downloaded
     python benchmarks/gpu.py --stages memcheck racecheck                  # only these; other results of --out stay
+    python benchmarks/gpu.py --data mine.arrayrecord --config.data.batch_size=64   # --config.x.y=z go to train.py
     python benchmarks/gpu.py --dry-run                                    # tiny shapes, CPU will do
 
 Stages run one after the other in processes of their own, what matters most first, each with a time limit. One that
@@ -213,7 +214,8 @@ class Run:
         config = f"configs/tiny.py:{self.work}" if self.dry else f"configs/gpu_demo.py:{self.pack}"
         command = [PYTHON, "train.py", f"--config={config}", f"--workdir={self.train_folder}"]
         if self.dry:
-            source = {"reader": "packed", "annotations": self.pack}
+            file = next(self.pack.glob("*.arrayrecord")) if self.pack.is_dir() else self.pack
+            source = {"reader": "packed", "annotations": file}
             command += [f"--config.data.sources.scenes.{key}={value}" for key, value in source.items()]
             command += [f"--config.loop.total_steps={self.last_metrics().get('step', 0) + 2}"]
             yield [*command, *self.options.train_options]
@@ -341,15 +343,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder of checkpoints and caches (default: OUT/work)")
     parser.add_argument("--minutes", type=float, default=10, help="for everything together")
     parser.add_argument("--train-share", type=float, default=0.4, help="least share of the time that training gets")
-    parser.add_argument("--data", type=Path, help="packed training data")
+    parser.add_argument("--data", type=Path, help="packed training data: a file, or a packed mix")
     parser.add_argument("--validation", type=Path, help="packed data that the trained weights are scored on")
     parser.add_argument("--wheels", type=Path, help="folder of wheels of packages that may be missing")
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--train-options", nargs="+", default=[], metavar="OPTION", help="--config.x.y=z of train.py")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU: does everything run?")
     parser.add_argument("--probe", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--toy-pack", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options, options.train_options = parser.parse_known_args()
+    if wrong := [word for word in options.train_options if not word.startswith("--config.")]:
+        parser.error(f"unrecognized arguments: {' '.join(wrong)}")
     if options.probe:
         return probe()
     if options.toy_pack:

@@ -17,11 +17,15 @@ from esg_jax.train.optim import OptimConfig
 
 
 def get_config(folder: str = "datasets/demo"):
+    return demo_model(common.mix(folder))
+
+
+def demo_model(sources):
     return common.as_config(
         RunConfig(
             model=CropFormerConfig.mobilenet_v2(),
             data=common.crop_data(
-                common.mix(folder),
+                sources,
                 short_edges=(160, 168, 176, 184, 192),
                 max_size=256,
                 buckets=((192, 256), (256, 192)),

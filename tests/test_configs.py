@@ -14,7 +14,7 @@ from esg_jax.train.config import RunConfig
 from esg_jax.train.step import StepConfig
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
-PLAIN = ("cropformer_r50", "cropformer_swin_l", "cropformer_swin_t", "entity_mini", "quickstart", "tiny")
+PLAIN = ("cropformer_r50", "cropformer_swin_l", "cropformer_swin_t", "entity_mini", "gpu_demo", "quickstart", "tiny")
 GELLA = ("gella_quickstart", "gella_reconstruction", "gella_variants", "gella_vicuna_7b", "gella_vicuna_13b")
 MASK2FORMER = ("mask2former_entity", "mask2former_instance", "mask2former_panoptic", "mask2former_semantic")
 

@@ -144,6 +144,7 @@ def script(folder, *arguments):
 
 def test_wrong_arguments(tmp_path):
     assert "none.arrayrecord does not exist" in script(tmp_path, "--data", "none.arrayrecord").stderr
+    assert "unrecognized arguments: --bake" in script(tmp_path, "--bake").stderr
     result = script(tmp_path, "--dry-run", "--stages", "bake")
     assert result.returncode == 2 and "unknown stage bake; choose from build" in result.stderr
 
@@ -157,7 +158,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
 @pytest.mark.slow
 def test_dry_run(tmp_path):
     """Tables and a training that cannot work; what a GPU is needed for says so."""
-    bad = ["--train-options", "--config.optim.schedule=circular"]
+    bad = ["--config.optim.schedule=circular"]
     result = script(
         tmp_path, "--dry-run", "--stages", "attention", "mosaic", "memcheck", "train", "evaluate", "--minutes", 30, *bad
     )

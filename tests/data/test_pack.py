@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.pack import pack, unpack
+from configs import gpu_demo
+from data.pack import pack, pack_mix, unpack
 from esg_jax.input.pipeline import DataConfig, train_iterator
 from esg_jax.input.readers import SourceConfig, open_source
 from esg_jax.masks import rle
+from esg_jax.train.config import RunConfig
 
 RNG = np.random.default_rng(0)
 
@@ -96,6 +98,24 @@ def test_unpacked_for_evaluation(tmp_path):
     for index, config in enumerate(sources):
         np.testing.assert_array_equal(result[index].load_image(), open_source(config)[0].load_image())
     assert sorted(result[0].load_entities().areas.tolist()) == [140, 600, 600]
+
+
+def test_a_mix_keeps_weights_and_what_is_exhaustive(tmp_path):
+    sources = {}
+    for name, exhaustive, weight in (("a", True, 2.0), ("b", False, 0.5)):
+        write_source(tmp_path / name, ["x.jpg", "y.jpg", "z.jpg"], size=(64, 96))
+        row = {"annotations": f"{name}/annotations.json", "images": name, "licence": "CC0"}
+        sources[name] = row | {"exhaustive": exhaustive, "weight": weight}
+    (tmp_path / "mix.json").write_text(json.dumps({"sources": sources}))
+    assert "2 sources" in pack_mix(tmp_path, tmp_path / "packed", count=2)
+    sources = RunConfig.from_dict(gpu_demo.get_config(str(tmp_path / "packed")).to_dict()).data.source_configs()
+    assert {name: (s.reader, s.exhaustive, s.weight) for name, s in sources.items()} == {
+        "a": ("packed", True, 2.0),
+        "b": ("packed", False, 0.5),
+    }
+    assert [record.name for record in map(open_source(sources["b"]).__getitem__, range(2))] == ["x.jpg", "y.jpg"]
+    with pytest.raises(ValueError, match="limit is 0.0"):
+        pack_mix(tmp_path, tmp_path / "packed", max_megabytes=0.01)
 
 
 def run(*arguments):
