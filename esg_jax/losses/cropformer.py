@@ -1,19 +1,21 @@
 """Losses of CropFormer and Mask2Former (ESG, Eq. 6-7; Mask2Former, sections 3.2-3.3).
 
-Both levels are the same computation on items that have T views each: at the image level every view is an item of its
-own (T = 1), at the batch level an item is an image with all its views.
+Both levels are the same computation on the views of all images: at the image level every view is matched by itself, at
+the batch level the matching costs of an image's views are added up first. One scan goes over the predictions of both.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from esg_jax.ops.matching import match
 from esg_jax.ops.point_sample import point_sample, point_sample_features, point_sample_packed
-from esg_jax.ops.selection import kth_smallest
+from esg_jax.ops.random import uniform
+from esg_jax.ops.selection import kth_smallest, smallest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,24 +71,44 @@ class Points:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Level:
-    """What the predictions of one level are compared with; M items, N target slots, T views.
+class Units:
+    """What predictions are compared with: U = B * T units, the views of all images; N target slots each.
 
     Attributes:
-        features: mask features, at stride 4; with shared points sampled there, (M, T, S, C).
-        masks: target masks as packed bits; with shared points their values there, (M, N, T, S).
+        features: mask features, at stride 4; with shared points sampled there, (U, S, C).
+        masks: target masks as packed bits; with shared points their values there, (U, N, S).
         labels: class of every target.
-        present: which slots hold a target.
-        counted: which items are charged for their classes; None: all.
-        exhaustive: of which items every entity is a target; the others are not charged for "no object". None: all.
+        counted: which units are charged for their classes; None: all.
+        exhaustive: of which units every entity is a target; the others are not charged for "no object". None: all.
+        views: T.
     """
 
-    features: Float[Array, "m t h w c"] | Float[Array, "m t s c"]
-    masks: UInt8[Array, "m n t y x8"] | Float[Array, "m n t s"]
-    labels: Int[Array, "m n"]
-    present: Bool[Array, "m n"]
-    counted: Bool[Array, "m"] | None = None
-    exhaustive: Bool[Array, "m"] | None = None
+    features: Float[Array, "u h w c"] | Float[Array, "u s c"]
+    masks: UInt8[Array, "u n y x8"] | Float[Array, "u n s"]
+    labels: Int[Array, "u n"]
+    counted: Bool[Array, "u"] | None
+    exhaustive: Bool[Array, "u"] | None
+    views: int = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """One prediction for all units.
+
+    Attributes:
+        index: its number, which decides its random points.
+        joint: whether the views of an image are matched together (batch level); then they have the same queries.
+        present: which slots hold a target at this level.
+        points: matching points (U, S, 2) and candidates before uniform ones (U, N, K, 2), or None: drawn.
+    """
+
+    index: Int[Array, ""]
+    joint: Bool[Array, ""]
+    logits: Float[Array, "u q k"]
+    mask_embed: Float[Array, "u q c"]
+    present: Bool[Array, "u n"]
+    points: tuple[Array, Array] | None
 
 
 def loss_normalizers(batch: Mapping[str, Array], num_queries: int, config: LossConfig) -> dict[str, Array]:
@@ -171,76 +193,109 @@ def loss_and_assignment(
     """`cropformer_loss`, and the final assignment: of the batch level, or the image level where there is no other."""
     if normalizers is None:
         normalizers = loss_normalizers(batch, output.image.logits.shape[2], config)
-    views, num_images = batch["valid"].shape[2], len(batch["present"])
-    flags = {name: batch[name] for name in ("counted", "exhaustive") if name in batch}
+    present, valid = batch["present"], batch["valid"]
+    views = valid.shape[2]
+
+    def per_unit(x_bnt):
+        """(B, N, T, ...) -> (B*T, N, ...)."""
+        return jnp.moveaxis(x_bnt, 2, 1).reshape(-1, x_bnt.shape[1], *x_bnt.shape[3:])
+
+    select = _select_shared if config.shared_points else _select_per_mask
     features, masks = output.mask_features, batch["masks"]
     if config.shared_points:
         features, masks = _sample_shared(features, masks, keys, config)
-    view_keys = jax.vmap(lambda key: jax.random.split(key, views + 1))(keys)  # the last one is for the batch level
-
-    def per_view(x_bnt):
-        """(B, N, T, ...) -> (B*T, N, ...)."""
-        return jnp.moveaxis(x_bnt, 2, 1).reshape(num_images * views, x_bnt.shape[1], *x_bnt.shape[3:])
-
-    image_level = Level(
-        features=features.reshape(-1, 1, *features.shape[2:]),
-        masks=per_view(masks)[:, :, None],
+    units = Units(
+        features=features.reshape(-1, *features.shape[2:]),
+        masks=per_unit(masks),
         labels=jnp.repeat(batch["labels"], views, axis=0),
-        present=per_view(batch["valid"] & batch["present"][..., None]),
-        **{name: jnp.repeat(flag, views) for name, flag in flags.items()},
+        **{name: jnp.repeat(batch[name], views) if name in batch else None for name in ("counted", "exhaustive")},
+        views=views,
     )
-    levels = {"image": (output.image, image_level, view_keys[:, :-1].reshape(-1), "_2d", config.image_level_factor)}
-    if output.batch is None:
-        levels["image"] = (*levels["image"][:3], "", 1.0)
-    else:
-        batch_level = Level(features, masks, batch["labels"], batch["present"], **flags)
-        levels["batch"] = (output.batch, batch_level, view_keys[:, -1], "_3d", 1.0)
-
-    terms = {}
-    for name, (decoder, level, level_keys, suffix, factor) in levels.items():
-        fixed = None if points is None else points[name]
-        values, assignments = _level_losses(decoder, level, level_keys, config, normalizers[name], fixed)
-        last = len(decoder.logits) - 1
-        for term, weight in (("ce", config.class_weight), ("mask", config.mask_weight), ("dice", config.dice_weight)):
-            for index in range(last + 1):
-                number = "" if index == last else f"_{index}"
-                terms[f"loss_{term}{number}{suffix}"] = factor * weight * values[term][index]
-    return sum(terms.values()), terms, jax.tree.map(lambda x: x[-1], assignments)
-
-
-def _level_losses(
-    decoder, level: Level, keys, config, normalizers, fixed: Points | None
-) -> tuple[dict[str, Array], Assignment]:
-    """Unweighted terms of every prediction of a level, each (P,), and the P assignments."""
-    select = _select_shared if config.shared_points else _select_per_mask
+    # One program serves the predictions of both levels: the image level's, then the batch level's for each view.
+    last = len(output.image.logits) - 1
+    logits, embed = output.image.logits, output.image.mask_embed
+    here = jnp.broadcast_to(per_unit(valid & present[..., None]), (last + 1, len(logits[0]), present.shape[1]))
+    levels = {
+        "image": ("" if output.batch is None else "_2d", 1.0 if output.batch is None else config.image_level_factor)
+    }
+    if output.batch is not None:
+        levels["batch"] = ("_3d", 1.0)
+        logits = jnp.concatenate([logits, jnp.repeat(output.batch.logits, views, axis=1)])
+        embed = jnp.concatenate([embed, jnp.repeat(output.batch.mask_embed, views, axis=1)])
+        everywhere = jnp.broadcast_to(jnp.repeat(present, views, axis=0), here.shape)
+        here = jnp.concatenate([here, everywhere])
+    count = len(logits)
+    predictions = Prediction(
+        index=jnp.arange(count),
+        joint=jnp.arange(count) > last,
+        logits=logits,
+        mask_embed=embed,
+        present=here,
+        points=None if points is None else _fixed_points(points, levels),
+    )
 
     def one(carry, prediction):
-        index, logits, mask_embed, points = prediction
+        drawn = prediction
         if points is None and not config.shared_points:
-            item_keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
-            points = draw_points(item_keys, level.masks.shape[1:3], config)
-        frozen = jax.lax.stop_gradient((logits, mask_embed, level))
-        chosen = select(*frozen, points, config)
+            drawn = dataclasses.replace(
+                prediction, points=draw_points(keys, prediction.index, prediction.joint, masks.shape[1:3], config)
+            )
+        chosen = select(*jax.lax.stop_gradient((drawn, units)), config)
         # Recomputed in the backward pass: memory holds the masks of one prediction. The choices above are kept.
-        terms = jax.checkpoint(_terms, static_argnums=(4,))(logits, mask_embed, level, chosen, config, normalizers)
+        terms = jax.checkpoint(_terms, static_argnums=3)(prediction, units, chosen, config)
         return carry, (terms, Assignment(chosen.query, chosen.matched))
 
-    indices = jnp.arange(len(decoder.logits))
-    return jax.lax.scan(one, None, (indices, decoder.logits, decoder.mask_embed, fixed))[1]
+    values, assignment = jax.lax.scan(one, None, predictions)[1]  # values: (2P, 3)
+    weights = np.array([config.class_weight, config.mask_weight, config.dice_weight])
+    scale = []
+    for name, (_, factor) in levels.items():
+        # The batch level's classes are charged once in every view.
+        share = views if name == "batch" else 1
+        divisors = jnp.stack([normalizers[name]["weights"] * share, *[normalizers[name]["masks"]] * 2])
+        scale += [factor * weights / divisors] * (last + 1)
+    values = values * jnp.stack(scale)
+    terms = {}
+    for level, (suffix, _) in enumerate(levels.values()):
+        for column, term in enumerate(("ce", "mask", "dice")):
+            for index in range(last + 1):
+                number = "" if index == last else f"_{index}"
+                terms[f"loss_{term}{number}{suffix}"] = values[level * (last + 1) + index, column]
+    # At the batch level every view of an image has the same assignment.
+    step = 1 if output.batch is None else views
+    return jnp.sum(values), terms, jax.tree.map(lambda x: x[-1, ::step], assignment)
 
 
-def draw_points(keys: Array, targets_and_views: tuple[int, int], config: LossConfig) -> Points:
-    """Uniform points for the items with the given keys, without the leading axis of predictions."""
+def _fixed_points(points: Mapping[str, Points], levels: Iterable[str]) -> tuple[Array, Array]:
+    """Given points of all levels as those of predictions of units."""
+    matching, scattered = [], []
+    for name in levels:
+        given = points[name]
+        matching.append(jnp.repeat(given.matching, given.candidates.shape[3], axis=1))  # T: 1 at the image level
+        both = jnp.concatenate([given.candidates, given.uniform], axis=-2)
+        both = jnp.moveaxis(both, 3, 2)  # (P, M, T, N, K, 2)
+        scattered.append(both.reshape(len(both), -1, *both.shape[3:]))
+    return jnp.concatenate(matching), jnp.concatenate(scattered)
 
-    def draw(key):
-        first, second, third = jax.random.split(key, 3)
-        return Points(
-            matching=jax.random.uniform(first, (config.num_points, 2)),
-            candidates=jax.random.uniform(second, (*targets_and_views, config.num_candidates, 2)),
-            uniform=jax.random.uniform(third, (*targets_and_views, config.num_points - config.num_important, 2)),
-        )
 
-    return jax.vmap(draw)(keys)
+def draw_points(keys: Array, index, joint, targets_and_views: tuple[int, int], config: LossConfig):
+    """Uniform points of one prediction: for matching (U, S, 2), and of every mask, candidates first, (U, N, K, 2).
+
+    Args:
+        keys: one per image.
+        index: number of the prediction.
+        joint: whether all views of an image share the matching points.
+        targets_and_views: N, T.
+        config: numbers of points.
+    """
+    targets, views = targets_and_views
+    per_mask = config.num_candidates + config.num_points - config.num_important
+    shapes = (views, config.num_points, 2), (views, targets, per_mask, 2)
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    start = index * sum(sizes)
+    matching = uniform(keys, shapes[0], start)
+    matching = jnp.where(joint, matching[:, :1], matching)
+    scattered = uniform(keys, shapes[1], start + sizes[0])
+    return matching.reshape(-1, *shapes[0][1:]), scattered.reshape(-1, *shapes[1][1:])
 
 
 @jax.tree_util.register_dataclass
@@ -249,108 +304,111 @@ class _Choice:
     """What a prediction is charged for: no gradient flows through it.
 
     query, matched: the assignment, see `ops.matching.match`.
-    points: per mask (M, N, T, K, 2); with shared points which of them count, (M, N, T, S).
+    points: per mask (U, N, K, 2); with shared points which of them count, (U, N, S).
     """
 
-    query: Int[Array, "m n"]
-    matched: Bool[Array, "m n"]
+    query: Int[Array, "u n"]
+    matched: Bool[Array, "u n"]
     points: Array
 
 
-def _terms(logits_mqk, mask_embed_mqc, level: Level, choice: _Choice, config, normalizers) -> dict[str, Array]:
-    """Unweighted classification, mask and dice terms of one prediction."""
+def _terms(prediction: Prediction, units: Units, choice: _Choice, config) -> Float[Array, "3"]:
+    """Sums over all units of the classification, mask and dice terms of one prediction."""
     # Slots without a target use query 0 here and are masked out below.
-    embed_mnc = jnp.take_along_axis(mask_embed_mqc, choice.query[..., None], axis=1)
+    embed_unc = jnp.take_along_axis(prediction.mask_embed, choice.query[..., None], axis=1)
     if config.shared_points:
-        logits = jnp.einsum("mnc,mtsc->mnts", embed_mnc, level.features)
-        target, weight = level.masks, choice.points.astype(jnp.float32)
+        logits = jnp.einsum("unc,usc->uns", embed_unc, units.features)
+        target, weight = units.masks, choice.points.astype(jnp.float32)
     else:
         # Masks of matched queries only.
-        maps = jnp.einsum("mnc,mthwc->mnthw", embed_mnc, level.features)
-        logits, target = point_sample(maps, choice.points), point_sample_packed(level.masks, choice.points)
+        maps = jnp.einsum("unc,uhwc->unhw", embed_unc, units.features)
+        logits, target = point_sample(maps, choice.points), point_sample_packed(units.masks, choice.points)
         weight = jnp.float32(1)
     bce = jnp.sum((jax.nn.softplus(logits) - logits * target) * weight, axis=-1) / config.num_points
     probability, target = jax.nn.sigmoid(logits) * weight, target * weight
-    overlap, total = jnp.sum(probability * target, axis=-1), jnp.sum(probability, axis=-1) + jnp.sum(target, axis=-1)
+    overlap, total = jnp.sum(probability * target, axis=-1), jnp.sum(probability + target, axis=-1)
     dice = 1 - (2 * overlap + 1) / (total + 1)
-    keep = choice.matched[..., None]
-    return {
-        "ce": _classification(logits_mqk, level, choice, config) / normalizers["weights"],
-        "mask": jnp.sum(jnp.where(keep, bce, 0.0)) / normalizers["masks"],
-        "dice": jnp.sum(jnp.where(keep, dice, 0.0)) / normalizers["masks"],
-    }
+    masks = jnp.sum(jnp.where(choice.matched, jnp.stack([bce, dice]), 0.0), axis=(1, 2))
+    return jnp.concatenate([_classification(prediction.logits, units, choice, config)[None], masks])
 
 
-def _classification(logits_mqk, level: Level, choice: _Choice, config) -> Float[Array, ""]:
+def _classification(logits_uqk, units: Units, choice: _Choice, config) -> Float[Array, ""]:
     """Weighted sum of cross entropies: the label of the matched target, no-object for all other queries."""
-    items, queries, classes = logits_mqk.shape
-    slots = jnp.where(choice.matched, choice.query, queries)  # out of bounds, which is dropped
-    label = jnp.full((items, queries), classes - 1).at[jnp.arange(items)[:, None], slots].set(level.labels, mode="drop")
-    negative = -jnp.take_along_axis(jax.nn.log_softmax(logits_mqk), label[..., None], axis=-1)[..., 0]
-    no_object = config.no_object_weight * (1.0 if level.exhaustive is None else level.exhaustive[:, None])
+    _, queries, classes = logits_uqk.shape
+    # (U, Q, N): whether a query belongs to a slot, at most one.
+    own = choice.matched[:, None] & (choice.query[:, None] == jnp.arange(queries)[:, None])
+    label = jnp.where(jnp.any(own, -1), jnp.sum(own * units.labels[:, None], -1), classes - 1)
+    no_object = config.no_object_weight * (1.0 if units.exhaustive is None else units.exhaustive[:, None])
     weight = jnp.where(label == classes - 1, no_object, 1.0)
-    return jnp.sum(negative * (weight if level.counted is None else weight * level.counted[:, None]))
+    if units.counted is not None:
+        weight = weight * units.counted[:, None]
+    picked = weight[..., None] * (label[..., None] == jnp.arange(classes))
+    return -jnp.sum(picked * jax.nn.log_softmax(logits_uqk))
 
 
-def _select_per_mask(logits_mqk, mask_embed_mqc, level: Level, points: Points, config) -> _Choice:
+def _select_per_mask(prediction: Prediction, units: Units, config) -> _Choice:
     """The reference's procedure: matching at points of the item, importance sampling at points of every mask.
 
     Mask logits at a matching point are the embedding times the features sampled there, so one gather of features
     serves all queries.
     """
-    items, targets, views = level.masks.shape[:3]
-    samples = points.matching.shape[1]
-    shared = jnp.broadcast_to(points.matching[:, None], (items, views, samples, 2))
-    features = point_sample_features(level.features, shared).reshape(items, views * samples, -1)
-    shared = jnp.broadcast_to(shared[:, None], (items, targets, views, samples, 2))
-    target = point_sample_packed(level.masks, shared).reshape(items, targets, views * samples)
-    query, matched = _match(logits_mqk, mask_embed_mqc, features, target, level, config)
+    matching, scattered = prediction.points
+    features = point_sample_features(units.features, matching)
+    shared = jnp.broadcast_to(matching[:, None], (*units.masks.shape[:2], *matching.shape[1:]))
+    query, matched = _match(prediction, features, point_sample_packed(units.masks, shared), units, config)
     if config.num_important == 0:
-        return _Choice(query, matched, points.uniform)
-    maps = jnp.einsum("mnc,mthwc->mnthw", jnp.take_along_axis(mask_embed_mqc, query[..., None], 1), level.features)
-    uncertainty = -jnp.abs(point_sample(maps, points.candidates))
-    _, index = jax.lax.top_k(uncertainty, config.num_important)
-    important = jnp.take_along_axis(points.candidates, index[..., None], axis=-2)
-    return _Choice(query, matched, jnp.concatenate([important, points.uniform], axis=-2))
+        return _Choice(query, matched, scattered[:, :, config.num_candidates :])
+    embed = jnp.take_along_axis(prediction.mask_embed, query[..., None], 1)
+    maps = jnp.einsum("unc,uhwc->unhw", embed, units.features)
+    certainty = jnp.abs(point_sample(maps, scattered[:, :, : config.num_candidates]))
+    index = smallest(certainty, config.num_important)
+    rest = jnp.arange(config.num_candidates, scattered.shape[2], dtype=jnp.int32)
+    index = jnp.concatenate([index, jnp.broadcast_to(rest, (*index.shape[:2], len(rest)))], axis=-1)
+    return _Choice(query, matched, jnp.take_along_axis(scattered, index[..., None], axis=-2))
 
 
 def _sample_shared(features_bthwc, masks_bntyx, keys, config):
     """Features and target values at the points that all masks of an image share, candidates before uniform ones."""
     batch, views = features_bthwc.shape[:2]
     count = config.num_candidates + config.num_points - config.num_important
-    points = jax.vmap(lambda key: jax.random.uniform(key, (count, 2)))(keys)
-    points = jnp.broadcast_to(points[:, None], (batch, views, count, 2))
-    features = point_sample_features(features_bthwc, points)
-    points = jnp.broadcast_to(points[:, None], (*masks_bntyx.shape[:3], count, 2))
+    points = uniform(keys, (count, 2))
+    features = point_sample_features(features_bthwc, jnp.broadcast_to(points[:, None], (batch, views, count, 2)))
+    points = jnp.broadcast_to(points[:, None, None], (*masks_bntyx.shape[:3], count, 2))
     return features, point_sample_packed(masks_bntyx, points)
 
 
-def _select_shared(logits_mqk, mask_embed_mqc, level: Level, _, config) -> _Choice:
+def _select_shared(prediction: Prediction, units: Units, config) -> _Choice:
     """Matching at all shared points; per mask, the most uncertain candidates and the uniform points count."""
-    items, views, samples, channels = level.features.shape
-    features = level.features.reshape(items, views * samples, channels)
-    target = level.masks.reshape(*level.masks.shape[:2], -1)
-    query, matched = _match(logits_mqk, mask_embed_mqc, features, target, level, config)
-    embed = jnp.take_along_axis(mask_embed_mqc, query[..., None], axis=1)
-    uniform = jnp.ones((*level.masks.shape[:3], config.num_points - config.num_important), bool)
+    query, matched = _match(prediction, units.features, units.masks, units, config)
+    embed = jnp.take_along_axis(prediction.mask_embed, query[..., None], axis=1)
+    uniform_ones = jnp.ones((*units.masks.shape[:2], config.num_points - config.num_important), bool)
     if config.num_important == 0:
-        return _Choice(query, matched, jnp.pad(uniform, [(0, 0)] * 3 + [(config.num_candidates, 0)]))
-    logits = jnp.einsum("mnc,mtsc->mnts", embed, level.features[:, :, : config.num_candidates])
-    certainty = jnp.abs(logits)
+        return _Choice(query, matched, jnp.pad(uniform_ones, [(0, 0)] * 2 + [(config.num_candidates, 0)]))
+    certainty = jnp.abs(jnp.einsum("unc,usc->uns", embed, units.features[:, : config.num_candidates]))
     important = certainty <= kth_smallest(certainty, config.num_important)
-    return _Choice(query, matched, jnp.concatenate([important, uniform], axis=-1))
+    return _Choice(query, matched, jnp.concatenate([important, uniform_ones], axis=-1))
 
 
-def _match(logits_mqk, mask_embed_mqc, features_msc, target_mns, level: Level, config):
+def _match(prediction: Prediction, features_usc, target_uns, units: Units, config):
     """Assigns targets to queries by class probability, BCE and dice at sampled points."""
-    logits = jnp.einsum("mqc,msc->mqs", mask_embed_mqc, features_msc)
+    logits = jnp.einsum("uqc,usc->uqs", prediction.mask_embed, features_usc)
+    queries, samples = logits.shape[1:]
+    # All sums over points as one product of {softplus, logits, probabilities, 1} with {targets, 1}.
+    left = jnp.concatenate(
+        [jax.nn.softplus(logits), logits, jax.nn.sigmoid(logits), jnp.ones_like(logits[:, :1])], axis=1
+    )
+    right = jnp.concatenate([target_uns, jnp.ones_like(target_uns[:, :1])], axis=1)
+    sums = jnp.einsum("uls,urs->ulr", left, right, precision=jax.lax.Precision.HIGHEST)
+    if units.views > 1:
+        image = sums.reshape(-1, units.views, *sums.shape[1:])
+        image = jnp.broadcast_to(jnp.sum(image, axis=1, keepdims=True), image.shape).reshape(sums.shape)
+        sums = jnp.where(prediction.joint, image, sums)
+    soft, logit, probability, one = (sums[:, i * queries : (i + 1) * queries] for i in range(4))
     # softplus(-x) t + softplus(x) (1 - t) = softplus(x) - x t
-    bce = jnp.sum(jax.nn.softplus(logits), axis=-1)[..., None] - jnp.einsum("mqs,mns->mqn", logits, target_mns)
-    probability = jax.nn.sigmoid(logits)
-    overlap = jnp.einsum("mqs,mns->mqn", probability, target_mns)
-    total = jnp.sum(probability, axis=-1)[..., None] + jnp.sum(target_mns, axis=-1)[:, None]
-    dice = 1 - (2 * overlap + 1) / (total + 1)
-    classes = jnp.broadcast_to(level.labels[:, None], (*logits_mqk.shape[:2], level.labels.shape[1]))
-    class_probability = jnp.take_along_axis(jax.nn.softmax(logits_mqk), classes, axis=-1)
-    cost = config.mask_weight * bce / logits.shape[-1] + config.dice_weight * dice
-    return match(cost - config.class_weight * class_probability, level.present)
+    bce = (soft[..., -1:] - logit[..., :-1]) / one[..., -1:]
+    dice = 1 - (2 * probability[..., :-1] + 1) / (probability[..., -1:] + one[..., :-1] + 1)
+    # (U, Q, N): probability of every target's class.
+    one_hot = (units.labels[..., None] == jnp.arange(prediction.logits.shape[-1])).astype(jnp.float32)
+    chance = jnp.einsum("uqk,unk->uqn", jax.nn.softmax(prediction.logits), one_hot, precision=jax.lax.Precision.HIGHEST)
+    cost = config.mask_weight * bce + config.dice_weight * dice - config.class_weight * chance
+    return match(cost, prediction.present)

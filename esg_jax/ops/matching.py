@@ -51,58 +51,58 @@ def _assign(cost_rc: Int[Array, "r c"], present_r: Bool[Array, "r"]) -> Int[Arra
     """Column of every present row at least total cost; rows <= columns.
 
     Shortest augmenting paths (Crouse, "On implementing 2D rectangular assignment algorithms", 2016), one row after the
-    other. Columns are scanned in the order of `scipy.optimize.linear_sum_assignment`, so that ties fall the same way.
-    Absent rows cost no time.
+    other. Columns are scanned in the order of `scipy.optimize.linear_sum_assignment`, so that ties fall the same way
+    while targets are fewer than queries. SciPy, given queries as rows, exchanges rows and columns only then; where
+    targets are at least as many, tied costs may give other pairs of the same total. Absent rows cost no time.
     """
     rows, columns = cost_rc.shape
-    order = jnp.arange(columns)[::-1]
+    row_index, column_index = jnp.arange(rows), jnp.arange(columns)
 
     def add_row(current, state):
         u, v, column_of, row_of = state
 
+        # Every array that a loop carries is a kernel, so few are: `position` is the place in the scan, -1 for visited
+        # columns; the numbers are the distance, the row to go on from, the column found or -1, and how many are left.
         def search(carry):
-            distance, row, _, shortest, path, visited, seen, position, left = carry
-            seen = seen.at[row].set(True)
+            numbers, shortest, path, position = carry
+            distance, row, _, left = numbers
             through = distance + cost_rc[row] - u[row] - v
-            better = ~visited & (through < shortest)
+            better = (position >= 0) & (through < shortest)
             shortest, path = jnp.where(better, through, shortest), jnp.where(better, row, path)
-            distance = jnp.min(jnp.where(visited, _FAR, shortest))
-            tied = ~visited & (shortest == distance)
-            free = tied & (row_of < 0)
-            last_free = jnp.argmax(jnp.where(free, position, -1))
-            column = jnp.where(jnp.any(free), last_free, jnp.argmin(jnp.where(tied, position, columns)))
+            distance = jnp.min(jnp.where(position >= 0, shortest, _FAR))
+            # Of the nearest columns the last free one of the scan, or else the first.
+            rank = jnp.where(row_of < 0, columns + position, columns - 1 - position)
+            column = jnp.argmax(jnp.where((position >= 0) & (shortest == distance), rank, -1))
             owner = row_of[column]
-            visited = visited.at[column].set(True)
             # The last column of the scan takes the place of the one that leaves.
-            position = jnp.where(position == left - 1, position[column], position).at[column].set(-1)
-            sink = jnp.where(owner < 0, column, -1)
-            return distance, jnp.where(owner < 0, row, owner), sink, shortest, path, visited, seen, position, left - 1
+            moved = jnp.where(position == left - 1, position[column], position)
+            position = jnp.where(column_index == column, -1, moved)
+            found = owner < 0
+            numbers = jnp.stack([distance, jnp.where(found, row, owner), jnp.where(found, column, -1), left - 1])
+            return numbers, shortest, path, position
 
         start = (
-            jnp.int32(0),
-            jnp.int32(current),
-            jnp.where(present_r[current], -1, 0),
+            jnp.stack([0, current, jnp.where(present_r[current], -1, 0), columns]).astype(jnp.int32),
             jnp.full(columns, _FAR, jnp.int32),
             jnp.full(columns, -1, jnp.int32),
-            jnp.zeros(columns, bool),
-            jnp.zeros(rows, bool),
-            order.astype(jnp.int32),
-            jnp.int32(columns),
+            column_index[::-1].astype(jnp.int32),
         )
-        found = jax.lax.while_loop(lambda carry: carry[2] < 0, search, start)
-        distance, _, sink, shortest, path, visited, seen, *_ = found
-        others = seen & (jnp.arange(rows) != current)
-        u = u + jnp.where(others, distance - shortest[jnp.maximum(column_of, 0)], 0)
-        u = u.at[current].add(jnp.where(present_r[current], distance, 0))
-        v = v - jnp.where(visited, distance - shortest, 0)
+        numbers, shortest, path, position = jax.lax.while_loop(lambda carry: carry[0][2] < 0, search, start)
+        distance, _, sink, _ = numbers
+        # Rows were reached through their columns, the current one from the start.
+        nearer = jnp.where(position < 0, distance - shortest, 0)
+        u = u + jnp.where(column_of >= 0, nearer[jnp.maximum(column_of, 0)], 0)
+        u = u + jnp.where((row_index == current) & present_r[current], distance, 0)
+        v = v - nearer
 
         def augment(carry):
             column, column_of, row_of, _ = carry
             row = path[column]
             following = column_of[row]
-            return following, column_of.at[row].set(column), row_of.at[column].set(row), row == current
+            column_of = jnp.where(row_index == row, column, column_of)
+            return following, column_of, jnp.where(column_index == column, row, row_of), row == current
 
-        end = (sink.astype(jnp.int32), column_of, row_of, ~present_r[current])
+        end = (sink, column_of, row_of, ~present_r[current])
         _, column_of, row_of, _ = jax.lax.while_loop(lambda carry: ~carry[3], augment, end)
         return u, v, column_of, row_of
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-Schedule = Callable[[jax.Array], jax.Array]
+Array = jax.Array | np.ndarray | np.generic
 
 # norm, norm1, patch_norm, norms.3: every norm layer of the models is called so.
 NORM_PATTERN = r"(^|[._])norms?\d*(\.\d+)?\.(scale|bias)$"
@@ -71,26 +72,45 @@ def decay_mask(names: Iterable[str], config: OptimConfig) -> dict[str, bool]:
     return {name: not any(re.search(pattern, name) for pattern in config.no_decay) for name in names}
 
 
-def make_schedule(config: OptimConfig, total_steps: int) -> Schedule:
-    """Learning rate as a function of the number of steps done."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Learning rate as a function of the number of steps done.
 
-    def schedule(step):
+    A tree of numbers, so that a compiled step takes it as an argument: other rates or lengths compile nothing anew.
+    All schedules are one formula, base * (1 - step / total)^power * gamma^(milestones passed) * warm-up.
+
+    Attributes:
+        base, power, gamma: float32 scalars.
+        total, warmup: int32 scalars, numbers of steps.
+        milestones: int32, steps at which `gamma` multiplies.
+    """
+
+    base: Array
+    power: Array
+    gamma: Array
+    total: Array
+    warmup: Array
+    milestones: Array
+
+    def __call__(self, step: Array) -> Array:
         # The subtraction is exact in integers; 1 - step / total loses digits near the end.
-        left = jnp.maximum(total_steps - step, 0) / total_steps
-        if config.schedule == "poly":
-            rate = config.learning_rate * left**config.power
-        elif config.schedule == "step":
-            passed = sum(
-                (step >= round(milestone * total_steps)).astype(jnp.float32) for milestone in config.milestones
-            )
-            rate = config.learning_rate * config.gamma**passed
-        else:
-            rate = jnp.asarray(config.learning_rate, jnp.float32)
-        if config.warmup_steps:
-            rate *= jnp.minimum((step + 1) / config.warmup_steps, 1.0)
-        return rate
+        left = jnp.maximum(self.total - step, 0) / self.total
+        passed = jnp.sum(step >= self.milestones)
+        warm = jnp.minimum((step + 1) / jnp.maximum(self.warmup, 1), 1.0)
+        return self.base * left**self.power * self.gamma**passed * warm
 
-    return schedule
+
+def make_schedule(config: OptimConfig, total_steps: int) -> Schedule:
+    """The configured schedule, as numpy scalars."""
+    return Schedule(
+        base=np.float32(config.learning_rate),
+        power=np.float32(config.power if config.schedule == "poly" else 0.0),
+        gamma=np.float32(config.gamma if config.schedule == "step" else 1.0),
+        total=np.int32(total_steps),
+        warmup=np.int32(config.warmup_steps),
+        milestones=np.array([round(milestone * total_steps) for milestone in config.milestones], np.int32),
+    )
 
 
 def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
@@ -104,8 +124,29 @@ def make_optimizer(config: OptimConfig) -> optax.GradientTransformation:
     )
 
 
-def clip_by_norm(grads: dict[str, jax.Array], clip_norm: float) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Scales the whole gradient to at most `clip_norm`, as torch.nn.utils.clip_grad_norm_; returns the norm before."""
-    norm = optax.tree.norm(grads)
+# Arrays up to this size are joined before their norm is taken.
+_SMALL = 2**18
+
+
+def clip_by_norm(
+    grads: dict[str, jax.Array], clip_norm: float, *, split: Collection[str] = ()
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Scales the whole gradient to at most `clip_norm`, as torch.nn.utils.clip_grad_norm_; returns the norm before.
+
+    Args:
+        grads: by name of the parameter.
+        clip_norm: largest L2 norm.
+        split: names of those that are split over devices.
+    """
+
+    def squares(x):
+        return jnp.vdot(x, x, precision=jax.lax.Precision.HIGHEST)
+
+    # A reduction per array costs more time to compile than the joint one of all small arrays; joining must not gather.
+    joined = [name for name, grad in grads.items() if name not in split and grad.size <= _SMALL]
+    parts = [squares(grad) for name, grad in grads.items() if name not in joined]
+    if joined:
+        parts.append(squares(jnp.concatenate([grads[name].ravel() for name in joined])))
+    norm = jnp.sqrt(sum(parts))
     factor = jnp.minimum(clip_norm / (norm + 1e-6), 1.0)
     return jax.tree.map(lambda grad: grad * factor, grads), norm

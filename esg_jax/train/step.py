@@ -17,7 +17,14 @@ from jax.sharding import PartitionSpec as P
 
 from esg_jax import sharding
 from esg_jax.train.flops import count_flops
-from esg_jax.train.optim import OptimConfig, clip_by_norm, learning_rate_multipliers, make_optimizer, make_schedule
+from esg_jax.train.optim import (
+    OptimConfig,
+    Schedule,
+    clip_by_norm,
+    learning_rate_multipliers,
+    make_optimizer,
+    make_schedule,
+)
 from esg_jax.train.state import Arrays, ModelDef, TrainState, create_state
 
 Batch = Mapping[str, jax.Array]
@@ -103,11 +110,15 @@ class TrainStep:
         self.model, self.task, self.config, self.mesh = model, task, config, mesh
         self._optim = optim
         self._optimizer = make_optimizer(optim)
+        # Arguments of the compiled step, not part of it: another length, rate or seed compiles nothing anew. The seed
+        # is raw key data, because numpy arrays are the same on every process.
         self._schedule = make_schedule(optim, total_steps)
+        self._settings = (self._schedule, np.asarray(jax.random.key_data(jax.random.key(config.seed))))
         self._multipliers = learning_rate_multipliers(model.params, optim)
         self._specs = sharding.partition_specs({**model.params, **model.constants}, rules, mesh)
         shapes = jax.eval_shape(self._create)
         self.shardings: TrainState = sharding.tree_shardings(shapes, self._specs, mesh)
+        self._split = {name for name, place in self.shardings.params.items() if not place.is_fully_replicated}
         #: Shape, type and sharding of every leaf: one description for init, restore and ahead-of-time compilation.
         self.abstract_state: TrainState = jax.tree.map(
             lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place), shapes, self.shardings
@@ -152,14 +163,18 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Runs one step; `state` is consumed. Metrics are device scalars."""
         with jax.set_mesh(self.mesh):
-            return self._compiled(state, batch)
+            return self._compiled(state, batch, self._settings)
+
+    def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
+        """The step as a jaxpr, for arrays or for their abstract description."""
+        with jax.set_mesh(self.mesh):
+            return self._compiled.trace(state, batch, self._settings)
 
     def flops(self, state: TrainState, batch: Batch) -> float:
         """Operations of one step over all devices, see `count_flops`; free once a batch of these shapes has run."""
         shapes = tuple(sorted((name, value.shape) for name, value in batch.items()))
         if shapes not in self._flops:
-            with jax.set_mesh(self.mesh):
-                self._flops[shapes] = count_flops(self._compiled.trace(state, batch).jaxpr)
+            self._flops[shapes] = count_flops(self.trace(state, batch).jaxpr)
         return self._flops[shapes]
 
     def lower(self, batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.stages.Lowered:
@@ -167,18 +182,20 @@ class TrainStep:
         place = NamedSharding(self.mesh, sharding.BATCH_SPEC)
         batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in batch.items()}
         with jax.set_mesh(self.mesh):
-            return self._compiled.lower(self.abstract_state, batch)
+            return self.trace(self.abstract_state, batch).lower()
 
-    def _run(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+    def _run(self, state: TrainState, batch: Batch, settings: tuple[Schedule, jax.Array]) -> tuple[TrainState, Metrics]:
+        schedule, seed = settings
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed), state.step)
         (loss, terms), grads = self._gradients(state, batch, key)
         terms, statistics = self._take_statistics(state, terms)
-        # Gradients leave in the layout of their parameters, so the sum over devices can be a reduce-scatter.
-        grads = {
-            name: jax.lax.with_sharding_constraint(grad, self.shardings.params[name]) for name, grad in grads.items()
-        }
-        grads, norm = clip_by_norm(grads, self._optim.clip_norm)
-        rate = self._schedule(state.step)
+        if self.mesh.size > 1:
+            # Gradients leave in the layout of their parameters, so the sum over devices can be a reduce-scatter.
+            grads = {
+                name: jax.lax.with_sharding_constraint(x, self.shardings.params[name]) for name, x in grads.items()
+            }
+        grads, norm = clip_by_norm(grads, self._optim.clip_norm, split=self._split)
+        rate = schedule(state.step)
         direction, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         scale = {name: -rate * self._multipliers[name] for name in direction}
         params = optax.apply_updates(state.params, {name: scale[name] * x for name, x in direction.items()})
@@ -248,8 +265,10 @@ def map_images(function: Callable, mesh: Mesh, in_specs: Any) -> Callable:
     Weights arrive whole along (data, fsdp): that is the all-gather of FSDP, and its transpose the reduce-scatter.
     Inside, nothing communicates. The automatic partitioner would do worse: it synchronises the loop of the assignment
     in every iteration, gathers around kernels, and may split activations along channels. It still splits matrices
-    along "model" when that axis is used.
+    along "model" when that axis is used. A single device runs `function` as it is.
     """
+    if mesh.size == 1:
+        return function
     axes = set(mesh.axis_names) if mesh.shape[sharding.MODEL] == 1 else set(sharding.BATCH_AXES)
 
     def local(*args):

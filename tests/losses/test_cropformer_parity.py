@@ -107,25 +107,41 @@ def result(model, batch, points):
 @pytest.mark.parametrize("level", ["image", "batch"])
 def test_matching_is_identical(result, golden, batch, points, level):
     output = result["output"]
-    features, masks = output.mask_features, jnp.asarray(batch["masks"])
-    present = jnp.asarray(batch["present"])
-    decoder = output.batch
-    if level == "image":
-        decoder = output.image
-        features = features.reshape(4, 1, *features.shape[2:])
-        masks = jnp.moveaxis(masks, 2, 1).reshape(4, SLOTS, 1, *masks.shape[3:])
+    views = 2
+    masks = jnp.moveaxis(jnp.asarray(batch["masks"]), 2, 1)
+    units = losses.Units(
+        features=output.mask_features.reshape(4, *output.mask_features.shape[2:]),
+        masks=masks.reshape(4, SLOTS, *masks.shape[3:]),
+        labels=jnp.zeros((4, SLOTS), jnp.int32),
+        counted=None,
+        views=views,
+    )
+    joint = level == "batch"
+    if joint:
+        present = jnp.repeat(jnp.asarray(batch["present"]), views, axis=0)
+        decoder = jax.tree.map(lambda x: jnp.repeat(x, views, axis=1), output.batch)
+    else:
         present = jnp.moveaxis(jnp.asarray(batch["valid"]), 2, 1).reshape(4, SLOTS)
-    target = losses.Level(features, masks, jnp.zeros(present.shape, jnp.int32), present)
+        decoder = output.image
+    fixed = losses._fixed_points(points, [level])
     config = LossConfig(num_points=128)
     for index, prediction in enumerate(PREDICTIONS):
         chosen = losses._select_per_mask(
-            decoder.logits[index],
-            decoder.mask_embed[index],
-            target,
-            jax.tree.map(lambda x, index=index: x[index], points[level]),
+            losses.Prediction(
+                index=jnp.int32(index),
+                joint=jnp.asarray(joint),
+                logits=decoder.logits[index],
+                mask_embed=decoder.mask_embed[index],
+                present=present,
+                points=jax.tree.map(lambda x, index=index: x[index], fixed),
+            ),
+            units,
             config,
         )
-        for item in range(len(present)):
+        if joint:  # all views of an image got the same queries
+            np.testing.assert_array_equal(chosen.query[::2], chosen.query[1::2])
+            chosen = jax.tree.map(lambda x: x[::2], chosen)
+        for item in range(len(chosen.query)):
             query, slot = matches(golden, level, prediction, item)
             expected = dict(zip(slot_of_target(batch, level, item)[slot], query, strict=True))
             actual = {n: int(chosen.query[item, n]) for n in np.flatnonzero(chosen.matched[item])}

@@ -23,11 +23,19 @@ _spec.loader.exec_module(toy)
 OPTIM = OptimConfig(learning_rate=1e-2, clip_norm=1.0)
 
 
-def make_toy_step(*, devices: int = 1, model: int = 1, rules=None, optim: OptimConfig = OPTIM, **step) -> TrainStep:
+def make_toy_step(
+    *, devices: int = 1, model: int = 1, rules=None, optim: OptimConfig = OPTIM, total_steps: int = 20, **step
+) -> TrainStep:
     mesh = make_mesh(1, -1, model, devices=jax.devices()[:devices])
     kwargs = {} if rules is None else {"rules": rules}
     return TrainStep(
-        toy.toy_model(), toy.ToyTask(), optim=optim, total_steps=20, mesh=mesh, config=StepConfig(**step), **kwargs
+        toy.toy_model(),
+        toy.ToyTask(),
+        optim=optim,
+        total_steps=total_steps,
+        mesh=mesh,
+        config=StepConfig(**step),
+        **kwargs,
     )
 
 

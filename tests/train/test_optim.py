@@ -1,5 +1,6 @@
 """Schedules, clipping and AdamW against PyTorch's arithmetic written out in numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,6 +41,17 @@ def test_clipping():
     np.testing.assert_allclose(clipped["b"], [[4.0 * 0.01 / (5.0 + 1e-6)]], rtol=1e-6)
     unchanged, _ = clip_by_norm(grads, 10.0)
     np.testing.assert_array_equal(unchanged["a"], grads["a"])
+
+
+def test_norm_of_a_divided_and_of_large_gradients():
+    """However the arrays are joined, the norm is that of all of them."""
+    rng = np.random.default_rng(0)
+    shapes = {"small": (7, 5), "other": (3,), "scalar": (), "large": (600, 500), "divided": (8, 8)}
+    grads = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    expected = np.sqrt(sum(np.sum(np.square(grad.astype(np.float64))) for grad in grads.values()))
+    for split in ((), ("divided",), tuple(shapes)):
+        _, norm = clip_by_norm(jax.tree.map(jnp.asarray, grads), 1.0, split=split)
+        np.testing.assert_allclose(norm, expected, rtol=1e-6)
 
 
 def test_adamw_is_torch_adamw():

@@ -113,6 +113,25 @@ def test_one_compilation_for_a_run(make_step):
     assert step._compiled._cache_size() == 1
 
 
+def test_another_run_is_the_same_program(make_step):
+    """Length, rates and seed are arguments, so that the cache of compiled programs serves every run."""
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in toy.toy_batch(0).items()}
+    first, second = (
+        make_step(),
+        make_step(
+            total_steps=77,
+            seed=5,
+            optim=OptimConfig(learning_rate=3e-4, clip_norm=1.0, schedule="step", warmup_steps=9),
+        ),
+    )
+    assert first.lower(batch).as_text() == second.lower(batch).as_text()
+    other = make_step(optim=OptimConfig(learning_rate=1e-2, clip_norm=0.5)).lower(batch)
+    assert other.as_text() != first.lower(batch).as_text()  # what is part of the program does show in its text
+    _, losses = run(first, num_steps=2)
+    _, other_losses = run(second, num_steps=2)
+    assert losses[0] != other_losses[0]  # another seed draws other noise
+
+
 def test_lowering_needs_no_arrays(make_step):
     step = make_step(devices=8, model=2)
     batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in toy.toy_batch(0).items()}
