@@ -114,6 +114,7 @@ def test_matching_is_identical(result, golden, batch, points, level):
         masks=masks.reshape(4, SLOTS, *masks.shape[3:]),
         labels=jnp.zeros((4, SLOTS), jnp.int32),
         counted=None,
+        exhaustive=None,
         views=views,
     )
     joint = level == "batch"
