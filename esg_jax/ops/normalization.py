@@ -21,8 +21,7 @@ def layer_norm(
         scale, bias: per channel.
         epsilon: added to the variance.
     """
-    rows = _normalize(x.reshape(-1, 1, 1, x.shape[-1]), scale, bias, epsilon)
-    return rows.reshape(x.shape)
+    return _normalize(x, scale, bias, (-1,), epsilon)
 
 
 def group_norm(
@@ -36,39 +35,34 @@ def group_norm(
     batch, channels = x.shape[0], x.shape[-1]
     if channels % num_groups:
         raise ValueError(f"{channels} channels do not divide into {num_groups} groups")
-    groups = _normalize(x.reshape(batch, -1, num_groups, channels // num_groups), scale, bias, epsilon)
-    return groups.reshape(x.shape)
+    groups = x.reshape(batch, -1, num_groups, channels // num_groups)
+    scale, bias = (value.reshape(num_groups, -1) for value in (scale, bias))
+    return _normalize(groups, scale, bias, (-3, -1), epsilon).reshape(x.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _normalize(x_bsgc, scale, bias, epsilon):
-    return _forward(x_bsgc, scale, bias, epsilon)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _normalize(x, scale, bias, axes, epsilon):
+    return _forward(x, scale, bias, axes, epsilon)[0]
 
 
-def _mean(x_bsgc):
-    return jnp.mean(x_bsgc, axis=(1, 3), keepdims=True)
-
-
-def _forward(x_bsgc, scale, bias, epsilon):
-    wide, shape = x_bsgc.astype(jnp.float32), (x_bsgc.shape[2], -1)
-    mean = _mean(wide)
+def _forward(x, scale, bias, axes, epsilon):
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide, axes, keepdims=True)
     centred = wide - mean
-    factor = jax.lax.rsqrt(_mean(centred * centred) + epsilon)
-    y = centred * (factor * scale.reshape(shape).astype(jnp.float32)) + bias.reshape(shape).astype(jnp.float32)
-    return y.astype(x_bsgc.dtype), (x_bsgc, mean, factor, scale, bias)
+    factor = jax.lax.rsqrt(jnp.mean(centred * centred, axes, keepdims=True) + epsilon)
+    y = centred * factor * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+    return y.astype(x.dtype), (x, mean, factor, scale, bias)
 
 
-def _backward(epsilon, residuals, gradient):
-    x_bsgc, mean, factor, scale, bias = residuals
+def _backward(axes, epsilon, residuals, gradient):
+    x, mean, factor, scale, bias = residuals
     wide = gradient.astype(jnp.float32)
-    normal = (x_bsgc.astype(jnp.float32) - mean) * factor
-    slope = wide * scale.reshape(x_bsgc.shape[2], -1).astype(jnp.float32)
-    inner = slope - _mean(slope) - normal * _mean(slope * normal)
-    grad_scale, grad_bias = (
-        jnp.sum(value, axis=(0, 1)).reshape(old.shape).astype(old.dtype)
-        for value, old in ((wide * normal, scale), (wide, bias))
-    )
-    return (inner * factor).astype(x_bsgc.dtype), grad_scale, grad_bias
+    normal = (x.astype(jnp.float32) - mean) * factor
+    slope = wide * scale.astype(jnp.float32)
+    inner = slope - jnp.mean(slope, axes, keepdims=True) - normal * jnp.mean(slope * normal, axes, keepdims=True)
+    others = tuple(range(x.ndim - scale.ndim))
+    grad_scale = jnp.sum(wide * normal, others).astype(scale.dtype)
+    return (inner * factor).astype(x.dtype), grad_scale, jnp.sum(wide, others).astype(bias.dtype)
 
 
 _normalize.defvjp(_forward, _backward)
