@@ -1,55 +1,6 @@
-"""Evaluates a model, or scores again the predictions that an earlier run saved.
+"""`python eval.py --config=...` is `python -m esg_jax.evaluation --config=...`; --help says more."""
 
-    python eval.py --config=configs/recipes/entity_mini.py --workdir=runs/entity_mini --views=5
-    python eval.py --config=configs/recipes/sets.py:coco_panoptic --checkpoint=model.safetensors --out=runs/coco
-    python eval.py --config=configs/recipes/grounding_mini.py --workdir=runs/gella
-    python eval.py --config=configs/recipes/entity_mini.py --predictions=runs/x/eval/predictions.json --out=runs/again
-
-First every image is predicted and written to files in the official formats, then the files are scored: the numbers of
-several hosts are those of one. Writes results.json, a table, and grid.png with predictions beside the ground truth.
-"""
-
-import logging
-import sys
-
-import jax
-from absl import app, flags
-from ml_collections import config_flags
-
-from esg_jax.evaluation.main import run
-from esg_jax.evaluation.tasks import task_from_dict
-from esg_jax.sharding import make_mesh, parse_mesh
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "File with get_config(), see configs/recipes.")
-_OPTIONS = (
-    flags.DEFINE_string("checkpoint", None, "Weights (.safetensors)."),
-    flags.DEFINE_string("workdir", None, "Folder of a training run: its model.safetensors is evaluated."),
-    flags.DEFINE_list("predictions", None, "Saved predictions to score again, without a model."),
-    flags.DEFINE_string("out", None, "Folder for predictions and results (default: WORKDIR/eval)."),
-    flags.DEFINE_enum("views", None, ["1", "5"], "Whole image (1), or also its four corner crops (5)."),
-    flags.DEFINE_integer("workers", 1, "Processes that score."),
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of the network."),
-)
-_MESH = flags.DEFINE_string("mesh", None, "DATA,FSDP,MODEL devices: images over the first two, weights over the last.")
-_MULTIHOST = flags.DEFINE_bool("multihost", False, "Connect to the other hosts first; --out must be a shared folder.")
-
-
-def main(_):
-    options = {flag.name: flag.value for flag in _OPTIONS}
-    try:
-        if not options["predictions"]:
-            if _MULTIHOST.value:
-                jax.distributed.initialize()
-            options["mesh"] = (
-                parse_mesh(_MESH.value) if _MESH.value else make_mesh(-1, 1, 1) if _MULTIHOST.value else None
-            )
-        options["views"] = options["views"] and int(options["views"])
-        run(task_from_dict(_CONFIG.value.to_dict()), **options)
-    except (ValueError, FileNotFoundError) as error:
-        logging.debug("traceback", exc_info=True)
-        sys.exit(f"error: {error}")
-
+import runpy
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    runpy.run_module("esg_jax.evaluation", run_name="__main__", alter_sys=True)

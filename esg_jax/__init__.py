@@ -19,15 +19,13 @@ def load(path, **options):
         ValueError: an unknown, damaged or unsafe file, or names and shapes that do not fit together.
     """
     from esg_jax import weights
+    from esg_jax.systems import SYSTEMS
 
     if weights.is_weights_file(path):
-        language_model = weights.read_info(path)[1].get("llm_weights")
-        if language_model:  # the file leaves it out: it was not trained
-            from esg_jax.interop.gguf import load_llama, packaged_smollm2
-
-            source = packaged_smollm2() if language_model == "smollm2" else language_model
-            arrays = weights.named_arrays(load_llama(source))
-            options["given"] = {f"llm.{name}": value for name, value in arrays.items()}
+        config, facts = weights.read_info(path)
+        for system in SYSTEMS:
+            if system.config is type(config):  # otherwise it is a part, which leaves nothing out
+                options["given"] = system.given(facts)
         return weights.load_model(path, **options)
     from esg_jax.interop.checkpoints import load_checkpoint
 

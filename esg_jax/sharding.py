@@ -55,6 +55,58 @@ DEFAULT_RULES: Rules = (
 )
 
 
+def format_rules(rules: Rules) -> tuple[tuple[str, str], ...]:
+    """A table as plain text, for configurations; `parse_rules` reads it."""
+    return tuple((pattern, _format_placement(placement)) for pattern, placement in rules)
+
+
+def _format_placement(placement: Placement) -> str:
+    if isinstance(placement, LargestDim):
+        return f"largest:{placement.axis}:{placement.min_size}"
+    return ",".join("+".join(_as_tuple(axes)) or "-" for axes in placement) or "whole"
+
+
+def parse_rules(texts: Sequence[tuple[str, str]], where: str = "rules") -> Rules:
+    """A table from text.
+
+    Args:
+        texts: ordered (pattern searched in the name, placement). A placement is "whole" (on every device); for every
+            dimension an axis of the mesh, several joined by "+", or "-" for none, as in "-,fsdp,model"; or
+            "largest:AXIS:MIN_SIZE", see `LargestDim`.
+        where: for messages.
+
+    Raises:
+        ValueError: no such placement or axis, or a pattern that is none.
+    """
+    rules = []
+    for number, (pattern, text) in enumerate(texts):
+        try:
+            re.compile(pattern)
+            rules.append((pattern, _parse_placement(text)))
+        except (ValueError, TypeError, re.error) as error:
+            raise ValueError(
+                f"{where}[{number}] is {(pattern, text)!r}; expected a pattern and 'whole', axes such as "
+                f"'-,fsdp,model', or 'largest:fsdp:16384' (axes: {', '.join(AXES)})"
+            ) from error
+    return tuple(rules)
+
+
+def _parse_placement(text: str) -> Placement:
+    if text == "whole":
+        return P()
+    if text.startswith("largest:"):
+        _, axis, size = text.split(":")
+        placement = LargestDim(axis, int(size))
+        named = [axis]
+    else:
+        axes = [() if part == "-" else tuple(part.split("+")) for part in text.split(",")]
+        placement = P(*(None if not names else names[0] if len(names) == 1 else names for names in axes))
+        named = [axis for names in axes for axis in names]
+    if set(named) - set(AXES):
+        raise ValueError(f"unknown axis in {text!r}")
+    return placement
+
+
 def make_mesh(data: int = 1, fsdp: int = -1, model: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh ("data", "fsdp", "model"); one size may be -1 and takes the devices that remain.
 

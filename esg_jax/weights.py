@@ -17,12 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from esg_jax.config import TYPE_KEY, from_dict, to_dict
+from esg_jax.systems import SYSTEMS
 
 _FORMAT = "esg_jax"
-# Configuration class -> where it is defined, together with its model.
-_MODELS = {
-    "CropFormerConfig": ("esg_jax.models.cropformer", "CropFormer"),
-    "GellaConfig": ("esg_jax.models.gella", "Gella"),
+# Parts of systems that have files of their own: configuration class -> where it is defined, together with its model.
+_PARTS = {
     "LlavaConfig": ("esg_jax.models.language.llava", "Llava"),
     "LlamaConfig": ("esg_jax.models.language.llama", "Llama"),
     "ClipConfig": ("esg_jax.models.language.clip", "Clip"),
@@ -60,8 +59,7 @@ def save_weights(
 
     Args:
         path: target `.safetensors` file; its folder must exist.
-        model: CropFormer, Gella or a part with a configuration of its own, with arrays fully addressable from this
-            process.
+        model: of a system, or a part with a configuration of its own, with arrays fully addressable from this process.
         info: facts for the reader (steps, data, scores); stored as JSON in the metadata.
         dtype: type of the stored floating-point arrays; float16 halves the file.
         leave_out: pattern of names that are not stored, because they come from elsewhere unchanged: a frozen language
@@ -100,10 +98,13 @@ def config_from_dict(values: dict[str, Any], where: str) -> tuple[Any, type[nnx.
     Raises:
         ValueError: no model has such a configuration; `where` names the source in the message.
     """
-    kind = values.get(TYPE_KEY, "CropFormerConfig")
-    if kind not in _MODELS:
-        raise ValueError(f"{where}.{TYPE_KEY} is {kind!r}; choose one of {', '.join(_MODELS)}")
-    name, model = _MODELS[kind]
+    systems = {system.config.__name__: system for system in SYSTEMS}
+    kind = values.get(TYPE_KEY, next(iter(systems)))  # the first files named no type
+    if kind in systems:
+        return from_dict(systems[kind].config, values, where), systems[kind].module
+    if kind not in _PARTS:
+        raise ValueError(f"{where}.{TYPE_KEY} is {kind!r}; choose one of {', '.join([*systems, *_PARTS])}")
+    name, model = _PARTS[kind]
     module = importlib.import_module(name)
     return from_dict(getattr(module, kind), values, where), getattr(module, model)
 

@@ -2,6 +2,15 @@
 
 import sys
 
-from esg_jax.cli import main
+from esg_jax import cli
+from esg_jax.allocator import keep_memory
 
-sys.exit(main())
+
+def main() -> int:
+    """The program; from Python call `esg_jax.cli.main`."""
+    keep_memory()
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

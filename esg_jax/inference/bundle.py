@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 import esg_jax
 from esg_jax import weights
-from esg_jax.sharding import DEFAULT_RULES, Layout, Rules
+from esg_jax.sharding import Layout, Rules
+from esg_jax.systems import System, system_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Bundle:
     """A model that is stored in a file, or one that is being trained.
 
     Attributes:
-        name: of the source, for messages.
+        name: of the source, for messages; of a checkpoint, its path.
         load: gives the model, its arrays placed.
         config: of the model; None where it shows only in the weights themselves, as in PyTorch's checkpoints.
         info: what inference must know beside the model, see `weights.save_weights`.
@@ -29,6 +30,21 @@ class Bundle:
     load: Callable[[], nnx.Module]
     config: Any = None
     info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def system(self) -> System:
+        """The system of the model; of PyTorch's checkpoints their names show it.
+
+        Raises:
+            ValueError: a part of a system, or not a usable checkpoint.
+        """
+        if self.config is not None:
+            return system_of(self.config)
+        from esg_jax.interop.families import detect
+        from esg_jax.interop.readers import open_checkpoint
+
+        family, _ = detect(open_checkpoint(self.name))
+        return system_of(family.config)
 
     def load_as(self, cls: type[nnx.Module]) -> Any:
         """The model, which must be of this class.
@@ -43,7 +59,7 @@ class Bundle:
 
 
 def open_bundle(
-    path: str | Path, *, dtype: Any = "float32", mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES
+    path: str | Path, *, dtype: Any = "float32", mesh: Mesh | None = None, rules: Rules | None = None
 ) -> Bundle:
     """What a file holds; its weights are read by `load`.
 
@@ -52,7 +68,7 @@ def open_bundle(
             `esg convert`.
         dtype: of the computation; bfloat16 is faster on accelerators.
         mesh: of `sharding.make_mesh`; every device reads its own part of every array. By default one device.
-        rules: how arrays are split over it.
+        rules: how arrays are split over it; by default as the system says.
 
     Raises:
         FileNotFoundError: no such file.
@@ -61,6 +77,9 @@ def open_bundle(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    options = {"dtype": jnp.dtype(dtype)} | ({} if mesh is None else {"shardings": Layout(mesh, rules)})
     config, info = weights.read_info(path) if weights.is_weights_file(path) else (None, {})
-    return Bundle(str(path), lambda: esg_jax.load(path, **options), config, info)
+    bundle = Bundle(str(path), lambda: esg_jax.load(path, **options), config, info)
+    options: dict[str, Any] = {"dtype": jnp.dtype(dtype)}
+    if mesh is not None:
+        options["shardings"] = Layout(mesh, rules or bundle.system.rules)
+    return bundle

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save_file as save_safetensors
 
 from esg_jax.config import to_dict
-from esg_jax.models.cropformer import CropFormer
+from esg_jax.systems import system_of
 from esg_jax.version import __version__
 from esg_jax.weights import named_arrays
 
@@ -30,7 +30,7 @@ _FILES = ("program.zip", "weights.safetensors", "golden.npz", "program.json")
 
 def export_program(
     folder: str | Path,
-    model: CropFormer,
+    model: nnx.Module,
     *,
     height: int,
     width: int,
@@ -55,17 +55,12 @@ def export_program(
         ValueError: not a CropFormer, an unknown platform, a size that is no multiple of 32, or views of a model without
             association.
     """
-    if not isinstance(model, CropFormer):
-        raise ValueError(f"only CropFormer's inference is exported; this is a {type(model).__name__}, not a CropFormer")
+    views = system_of(model.config).views(model.config, views)
     unknown = set(platforms) - set(PLATFORMS)
     if unknown:
         raise ValueError(f"unknown platform {sorted(unknown)[0]!r}; choose from {', '.join(PLATFORMS)}")
     if height % 32 or width % 32 or height < 32 or width < 32:
         raise ValueError(f"{height}x{width}: both sides must be positive multiples of 32")
-    joint = model.config.association is not None
-    views = views or (5 if joint else 1)
-    if views > 1 and not joint:
-        raise ValueError("this model has no view association (it is a plain Mask2Former); use views=1")
     weights = {name: np.asarray(jax.device_get(value)) for name, value in named_arrays(model).items()}
     run = _inference(model)
     abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
@@ -105,18 +100,15 @@ def export_program(
             path.unlink(missing_ok=True)
 
 
-def _inference(model: CropFormer):
+def _inference(model: nnx.Module):
     """Inference as a function of a flat dictionary of weights, which `jax.export` can serialise."""
     graph, state = nnx.split(model)
     variables = dict(nnx.to_flat_state(state))
-    joint = model.config.association is not None
+    system = system_of(model.config)
 
     def run(weights: dict[str, jax.Array], image, size) -> dict[str, jax.Array]:
         flat = {path: variable.replace(weights[".".join(map(str, path))]) for path, variable in variables.items()}
-        output = nnx.merge(graph, nnx.from_flat_state(flat))(image, size, all_predictions=False)
-        if joint:
-            return {"class_logits": output.batch.logits[-1], "mask_logits": output.batch_mask_logits()}
-        return {"class_logits": output.image.logits[-1], "mask_logits": output.image_mask_logits().swapaxes(1, 2)}
+        return system.outputs(nnx.merge(graph, nnx.from_flat_state(flat)), image, size)
 
     return run
 

@@ -10,18 +10,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from esg_jax.config import from_dict, to_dict
-from esg_jax.input.grounding import GroundingDataConfig
-from esg_jax.input.pipeline import DataConfig
-from esg_jax.losses.cropformer import LossConfig
-from esg_jax.losses.gella import GellaLossConfig
-from esg_jax.models.cropformer import CropFormer, CropFormerConfig
-from esg_jax.models.gella import Gella, GellaConfig
-from esg_jax.sharding import DEFAULT_RULES, Rules, make_mesh
+from esg_jax.sharding import format_rules, make_mesh, parse_rules
+from esg_jax.systems import DataConfig, LossConfig, ModelConfig, System, system_of
 from esg_jax.train.loop import LoopConfig
 from esg_jax.train.optim import OptimConfig
 from esg_jax.train.state import ModelDef
 from esg_jax.train.step import StepConfig, TrainStep
-from esg_jax.train.tasks import GroundingTask, SegmentationTask
 
 PRECISIONS = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
@@ -44,9 +38,12 @@ class MeshConfig:
 class RunConfig:
     """Everything that defines a training run.
 
-    model: sizes; decides the parameters, and whether CropFormer or GELLA is trained.
+    model: sizes; decides the parameters, and which of `esg_jax.systems` is trained.
     data: sources, augmentation, batch size, seed of the data order.
-    loss, optim, loop, mesh: see the dataclasses.
+    loss: by default the system's.
+    optim, loop, mesh: see the dataclasses.
+    sharding: how weights are split over the mesh: (pattern of names, placement) in order, the first that fits a name
+        decides; see `esg_jax.sharding.parse_rules`. By default the system's.
     seed: initial weights, point sampling and drop path.
     precision: "bfloat16" computes in bfloat16 with float32 weights and float32 islands; "float32" for parity.
     remat: recompute blocks in the backward pass: about a third more time, a fraction of the memory.
@@ -66,12 +63,13 @@ class RunConfig:
     wandb: Weights & Biases project to log to, too; needs the extra `log`.
     """
 
-    model: CropFormerConfig | GellaConfig
-    data: DataConfig | GroundingDataConfig
-    loss: LossConfig | GellaLossConfig = LossConfig()
+    model: ModelConfig
+    data: DataConfig
+    loss: LossConfig = None
     optim: OptimConfig = OptimConfig()
     loop: LoopConfig = LoopConfig(total_steps=34_375)
     mesh: MeshConfig = MeshConfig()
+    sharding: tuple[tuple[str, str], ...] = ()
     seed: int = 0
     precision: str = "bfloat16"
     remat: bool = False
@@ -92,57 +90,20 @@ class RunConfig:
         for name in ("precision", "frozen_precision"):
             if getattr(self, name) not in PRECISIONS:
                 raise ValueError(f"config.{name} is {getattr(self, name)!r}; choose {' or '.join(PRECISIONS)}")
-        if isinstance(self.model, GellaConfig):
-            self._check_grounding()
-        else:
-            self._check_segmentation()
+        system = self.system
+        if self.loss is None:
+            object.__setattr__(self, "loss", system.loss_config()())
+        _check_type(system, "data of type", self.data, system.data_configs())
+        _check_type(system, "a loss of type", self.loss, (system.loss_config(),))
+        system.check(self)
+        rules = self.sharding or format_rules(system.rules)
+        object.__setattr__(self, "sharding", tuple((pattern, placement) for pattern, placement in rules))
+        parse_rules(self.sharding, "config.sharding")
 
-    def _check_segmentation(self) -> None:
-        if not isinstance(self.data, DataConfig) or not isinstance(self.loss, LossConfig):
-            raise ValueError("a CropFormer needs data of type DataConfig and a loss of type LossConfig")
-        if self.data.mapper == "colormap":
-            raise ValueError("data.mapper 'colormap' is for GELLA; choose entity_crop, entity_full or lsj")
-        if self.data.mapper == "entity_crop" and self.model.association is None:
-            raise ValueError(
-                "data.mapper 'entity_crop' gives two views, but the model has no association module; "
-                "use 'entity_full' or 'lsj', or a model with association"
-            )
-        if self.data.mapper != "entity_crop" and self.model.association is not None:
-            raise ValueError(
-                f"data.mapper {self.data.mapper!r} gives one view, but the model has an association module; use "
-                "'entity_crop', or model.association=None"
-            )
-        if getattr(self.model.backbone, "batch_statistics", False):
-            raise ValueError("model.backbone.batch_statistics is for GELLA; CropFormer's step keeps statistics fixed")
-        if self.data.class_agnostic and self.model.mask_decoder.num_classes != 1:
-            raise ValueError(
-                f"model.mask_decoder.num_classes is {self.model.mask_decoder.num_classes}, but data.class_agnostic "
-                "maps every label to 0"
-            )
-
-    def _check_grounding(self) -> None:
-        if not isinstance(self.loss, GellaLossConfig):
-            raise ValueError("GELLA needs a loss of type GellaLossConfig")
-        model, data = self.model, self.data
-        if isinstance(data, DataConfig) != (model.llm is None):
-            raise ValueError(
-                "GELLA with a language model needs data of type GroundingDataConfig; without one (model.llm=None) it "
-                "needs DataConfig with mapper 'colormap'"
-            )
-        if isinstance(data, DataConfig) and data.mapper != "colormap":
-            raise ValueError(f"data.mapper is {data.mapper!r}; GELLA without language model needs 'colormap'")
-        wanted = {
-            "image_size": model.image_size,
-            "map_size": model.colormap.size,
-            "max_entities": model.num_queries,
-            "num_image_tokens": model.num_image_tokens,
-            "pad_position": model.pad_position,
-        }
-        for name, value in wanted.items():
-            if getattr(data, name, value) != value:
-                raise ValueError(f"data.{name} is {getattr(data, name)}, but the model needs {value}")
-        if model.llm is not None and not self.tokenizer:
-            raise ValueError("config.tokenizer is empty; name a tokenizer file, or 'smollm2'")
+    @property
+    def system(self) -> System:
+        """To which the model belongs."""
+        return system_of(self.model)
 
     def as_dict(self) -> dict[str, Any]:
         """Nested plain values, for `ml_collections.ConfigDict` and for checkpoints."""
@@ -176,31 +137,25 @@ class RunConfig:
             frozen_dtype=PRECISIONS[self.frozen_precision],
         )
 
-    def train_step(self, *, mesh: Mesh | None = None, rules: Rules = DEFAULT_RULES) -> TrainStep:
+    def train_step(self, *, mesh: Mesh | None = None) -> TrainStep:
         """The step of this run, not yet compiled.
 
         Args:
             mesh: devices; by default all of this process's cluster, arranged by `self.mesh`.
-            rules: how parameters are split.
         """
-        task = (
-            GroundingTask(self.loss, self.model.num_queries)
-            if isinstance(self.model, GellaConfig)
-            else SegmentationTask(self.loss, self.model.mask_decoder.num_queries)
-        )
         return TrainStep(
             self.model_def(),
-            task,
+            self.system.task(self),
             optim=self.optim,
             total_steps=self.loop.total_steps,
             mesh=mesh or make_mesh(self.mesh.data, self.mesh.fsdp, self.mesh.model, devices=jax.devices()),
             config=StepConfig(seed=self.seed, accumulate=self.accumulate, ema_decay=self.ema_decay),
-            rules=rules,
+            rules=parse_rules(self.sharding, "config.sharding"),
         )
 
 
 def model_def(
-    config: CropFormerConfig | GellaConfig,
+    config: ModelConfig,
     dtype=jnp.float32,
     *,
     seed: int = 0,
@@ -208,8 +163,14 @@ def model_def(
     frozen: str = "",
     frozen_dtype=None,
 ) -> ModelDef:
-    """A CropFormer, Mask2Former or GELLA without its arrays."""
-    module = Gella if isinstance(config, GellaConfig) else CropFormer
+    """The model of a system without its arrays."""
+    module = system_of(config).module
     return ModelDef(
         lambda: module(config, rngs=nnx.Rngs(seed), dtype=dtype, remat=remat), frozen=frozen, frozen_dtype=frozen_dtype
     )
+
+
+def _check_type(system: System, what: str, value: Any, types: tuple[type, ...]) -> None:
+    if type(value) not in types:
+        names = " or ".join(kind.__name__ for kind in types)
+        raise ValueError(f"{system.name} needs {what} {names}, not {type(value).__name__}")

@@ -14,11 +14,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from esg_jax.input.grounding import GroundingDataConfig
-from esg_jax.models.cropformer import CropFormerConfig
 from esg_jax.models.language.llama import KVCache, Llama, LlamaConfig
 from esg_jax.models.language.quantized import quantize
 from esg_jax.sharding import make_mesh
+from esg_jax.systems import ModelConfig, system_of
 from esg_jax.train.config import PRECISIONS, RunConfig, model_def
 
 
@@ -79,28 +78,25 @@ def plan_training(config: RunConfig, topology: str, height: int = 0, width: int 
     Args:
         config: of the run.
         topology: of the slice.
-        height, width: padded size of CropFormer's views in pixels; GELLA's sizes are part of its configuration.
+        height, width: padded size of the views in pixels, for systems whose configuration does not say it.
     """
     devices = tpu_devices(topology)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.model, devices=devices)
     step = config.train_step(mesh=mesh)
     start = time.monotonic()
-    return _report(step.lower(batch_shapes(config, height, width)).compile(), len(devices), start)
+    return _report(step.lower(config.system.batch_shapes(config, height, width)).compile(), len(devices), start)
 
 
 def plan_inference(
-    model: CropFormerConfig, topology: str, height: int, width: int, *, views: int = 5, precision: str = "bfloat16"
+    model: ModelConfig, topology: str, height: int, width: int, *, views: int = 5, precision: str = "bfloat16"
 ) -> Plan:
     """Compiles the forward pass for one image with all its views on one chip; mask logits at stride 4 come out."""
     device = tpu_devices(topology)[:1]
     place = NamedSharding(Mesh(np.array(device), ("data",)), P())
-    definition = model_def(model, PRECISIONS[precision])
+    system, definition = system_of(model), model_def(model, PRECISIONS[precision])
 
     def run(params, constants, image, size):
-        output = definition.merge(params, constants)(image, size, all_predictions=False)
-        if output.batch is None:
-            return output.image.logits, output.image_mask_logits()
-        return output.batch.logits, output.batch_mask_logits()
+        return system.outputs(definition.merge(params, constants), image, size)
 
     def shaped(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
@@ -141,39 +137,6 @@ def plan_decoding(llm: LlamaConfig, topology: str, *, batch: int = 1, length: in
     )
     start = time.monotonic()
     return _report(jax.jit(step, donate_argnums=0).lower(*arguments).compile(), 1, start)
-
-
-def grounding_shapes(data: GroundingDataConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of what a grounding step uses of a batch, see `esg_jax.input.grounding`."""
-    shapes = {
-        "image": ((data.image_size, data.image_size, 3), jnp.uint8),
-        "image_size": ((2,), jnp.int32),
-        "label_map": ((data.map_size, data.map_size), jnp.int16),
-        "map_size": ((2,), jnp.int32),
-        "ids": ((max(data.lengths),), jnp.int32),
-        "answer": ((max(data.lengths),), jnp.bool_),
-        "seg_pos": ((data.max_phrases,), jnp.int32),
-        "seg_valid": ((data.max_phrases,), jnp.bool_),
-        "links": ((data.max_phrases, data.max_entities), jnp.bool_),
-        "linked": ((data.max_phrases,), jnp.bool_),
-    }
-    return {name: jax.ShapeDtypeStruct((data.batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
-
-
-def batch_shapes(config: RunConfig, height: int, width: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a training batch (see INPUT in docs/data.md) for one padded view size."""
-    if isinstance(config.data, GroundingDataConfig):
-        return grounding_shapes(config.data)
-    batch, slots = config.data.batch_size, config.data.max_entities
-    views = 2 if config.data.mapper == "entity_crop" else 1
-    return {
-        "image": jax.ShapeDtypeStruct((batch, views, height, width, 3), jnp.uint8),
-        "size": jax.ShapeDtypeStruct((batch, views, 2), jnp.int32),
-        "masks": jax.ShapeDtypeStruct((batch, slots, views, height, width // 8), jnp.uint8),
-        "labels": jax.ShapeDtypeStruct((batch, slots), jnp.int32),
-        "present": jax.ShapeDtypeStruct((batch, slots), jnp.bool_),
-        "valid": jax.ShapeDtypeStruct((batch, slots, views), jnp.bool_),
-    }
 
 
 def _report(compiled: jax.stages.Compiled, chips: int, start: float) -> Plan:

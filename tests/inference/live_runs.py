@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from PIL import Image
 
-import train
 from configs import tiny
 from esg_jax.evaluation import main as evaluation
 from esg_jax.evaluation.tasks import EntityTask, EvalTask, NarrativeTask
@@ -33,7 +32,8 @@ from esg_jax.models.gella.resoblend import ResoBlendConfig
 from esg_jax.models.language.clip import ClipVisionConfig
 from esg_jax.models.language.llama import LlamaConfig
 from esg_jax.models.language.lora import LoraConfig
-from esg_jax.sharding import DEFAULT_RULES, LargestDim, make_mesh
+from esg_jax.sharding import LargestDim, format_rules, make_mesh
+from esg_jax.train import main as train
 from esg_jax.train.config import RunConfig, model_def
 from esg_jax.train.logging import MetricWriter
 
@@ -130,8 +130,9 @@ def evaluate_live(system: str, folder: Path, out: Path, *, model_axis: int = 1):
     """What is logged, the state of the run, and its step; weights are split over all devices."""
     config, recipe = SYSTEMS[system](folder)
     config = dataclasses.replace(config, loop=dataclasses.replace(config.loop, eval_every=1))
-    rules = RULES if model_axis == 1 else DEFAULT_RULES  # which split matrices over the model axis
-    step = config.train_step(mesh=make_mesh(1, -1, model_axis), rules=rules)
+    if model_axis == 1:  # the default table splits matrices over the model axis
+        config = dataclasses.replace(config, sharding=format_rules(RULES))
+    step = config.train_step(mesh=make_mesh(1, -1, model_axis))
     state = step.init(random_weights(config))
     writer = MetricWriter(out)
     train.evaluate(config, recipe, step, out, writer, state)

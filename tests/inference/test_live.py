@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-import train
 from esg_jax.inference.bundle import open_bundle
 from esg_jax.inference.engine import Engine
 from esg_jax.sharding import Layout, make_mesh
+from esg_jax.train import main as train
 from esg_jax.weights import named_arrays
 
 pytest.importorskip("tokenizers")

@@ -479,10 +479,10 @@ def test_command_line(tmp_path, capsys):
     assert "LlavaLlamaForCausalLM is not a model of transformers" in capsys.readouterr().err
 
 
-def test_only_cropformer_segments(tmp_path, capsys):
+def test_a_part_is_not_exported(tmp_path, capsys):
     from esg_jax.weights import save_weights
 
     save_weights(tmp_path / "llama.safetensors", random_model("llama"))
     assert run("export", tmp_path / "llama.safetensors", tmp_path / "program") == 1
-    assert "a Llama, not a CropFormer" in capsys.readouterr().err
+    assert "no system has a model of type LlamaConfig; choose one of CropFormerConfig" in capsys.readouterr().err
     assert not (tmp_path / "program").exists()

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import train
 from configs import tiny
 from esg_jax.evaluation.tasks import EntityTask
+from esg_jax.train import main as train
 from esg_jax.train.config import RunConfig
 from esg_jax.train.logging import MetricWriter
 from esg_jax.train.state import TrainState

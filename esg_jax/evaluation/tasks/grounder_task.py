@@ -18,12 +18,6 @@ from esg_jax.inference.grounding.results import Scene
 from esg_jax.input.readers import SourceConfig, open_source
 from esg_jax.input.records import Record
 from esg_jax.masks import MaskSet, NoMasksError, disjoint_masks, mask_file_of, read_masks
-from esg_jax.models.gella import GellaConfig
-
-
-def holds_gella(bundle: Bundle) -> bool:
-    """Whether the weights are GELLA's, which names entities."""
-    return isinstance(bundle.config, GellaConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +44,7 @@ class GrounderTask(EvalTask):
 
     def grounder(self, bundle: Bundle) -> Grounder:
         """The model as the evaluation wants it."""
-        return Grounder.from_bundle(
+        return bundle.system.grounder(
             bundle,
             tokenizer=self.tokenizer or None,
             conversation=self.conversation or None,

@@ -7,7 +7,7 @@ import jax
 
 from esg_jax.evaluation.metrics.accumulator import Accumulator
 from esg_jax.evaluation.metrics.images.average_precision import AveragePrecision
-from esg_jax.evaluation.tasks.grounder_task import GrounderTask, holds_gella
+from esg_jax.evaluation.tasks.grounder_task import GrounderTask
 from esg_jax.evaluation.tasks.predictor_task import PredictorTask
 from esg_jax.evaluation.tasks.results_task import ResultsTask, ordered_records, result_records
 from esg_jax.evaluation.tasks.task import ModelRun, Truth
@@ -26,7 +26,7 @@ class InstanceTask(ResultsTask, PredictorTask, GrounderTask):
 
     def predict(self, truth: Truth, run: ModelRun) -> list[dict[str, Any]]:
         ids = [category["id"] for category in self.categories(truth)]
-        if not holds_gella(run.bundle):
+        if not run.bundle.system.grounds_text:
             return ordered_records(
                 (
                     index,

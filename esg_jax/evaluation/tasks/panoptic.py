@@ -10,7 +10,7 @@ import numpy as np
 
 from esg_jax.evaluation.formats.files import load_json, read_image
 from esg_jax.evaluation.formats.label_maps import panoptic_quality
-from esg_jax.evaluation.tasks.grounder_task import GrounderTask, holds_gella
+from esg_jax.evaluation.tasks.grounder_task import GrounderTask
 from esg_jax.evaluation.tasks.predictor_task import PredictorTask
 from esg_jax.evaluation.tasks.results_task import CocoTask
 from esg_jax.evaluation.tasks.task import ModelRun, Truth
@@ -38,7 +38,7 @@ class PanopticTask(CocoTask, PredictorTask, GrounderTask):
         ids = [category["id"] for category in categories]
         things = tuple(bool(category.get("isthing", 1)) for category in categories)
         folder = run.out / "predictions"
-        if not holds_gella(run.bundle):
+        if not run.bundle.system.grounds_text:
             folder.mkdir(exist_ok=True)
             by_image = {}
             options = {"output": "panoptic", "is_thing": things}

@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from esg_jax.evaluation.metrics.errors import EvaluationError
-from esg_jax.evaluation.tasks.grounder_task import holds_gella
 from esg_jax.evaluation.tasks.task import EvalTask, ModelRun, Truth, is_own
 from esg_jax.inference.bundle import Bundle
 from esg_jax.inference.entities.predictor import Predictor
@@ -26,12 +24,10 @@ class PredictorTask(EvalTask):
         """The model.
 
         Raises:
-            EvaluationError: the weights are GELLA's.
+            ValueError: the weights are those of a system that finds no entities.
         """
-        if holds_gella(bundle):
-            raise EvaluationError(f"{bundle.name} holds a GELLA, which does no task {self.name!r}")
         sizes = {"min_size": self.min_size or None, "max_size": self.max_size or None}
-        return Predictor.from_bundle(bundle, **{"views": 1, **sizes, **options})
+        return bundle.system.predictor(bundle, **{"views": 1, **sizes, **options})
 
     def predictions(
         self, predictor: Predictor, truth: Truth, run: ModelRun, **options: Any

@@ -6,15 +6,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from esg_jax.evaluation.metrics.accumulator import Accumulator
-from esg_jax.evaluation.metrics.errors import EvaluationError
 from esg_jax.evaluation.metrics.images.average_precision import EntityAP
 from esg_jax.evaluation.metrics.images.best_overlap import BestOverlap
 from esg_jax.evaluation.tasks.results_task import ResultsTask, result_records
 from esg_jax.evaluation.tasks.task import ModelRun, Truth, is_own
-from esg_jax.inference.grounding.reconstruction import Reconstructor
 from esg_jax.input.readers import SourceConfig, open_source
 from esg_jax.masks import rle
-from esg_jax.models.gella import Gella
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +25,7 @@ class ReconstructionTask(ResultsTask):
         return [EntityAP(), BestOverlap()]
 
     def predict(self, truth: Truth, run: ModelRun) -> list[dict[str, Any]]:
-        try:
-            reconstruct = Reconstructor(run.bundle.load_as(Gella))
-        except ValueError as error:
-            raise EvaluationError(f"{error}; task 'reconstruction' is GELLA's") from error
+        reconstruct = run.bundle.system.reconstructor(run.bundle)
         source = open_source(SourceConfig(annotations=self.annotations, images=self.images))
         wanted, records = {uid for uid, _ in truth.images}, []
         asked = [record for row in range(len(source)) if (record := source[row]).image_id in wanted]

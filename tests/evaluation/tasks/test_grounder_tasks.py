@@ -255,5 +255,5 @@ def test_categories(evaluate, root, tmp_path):
 @pytest.mark.slow
 def test_a_task_that_is_not_gellas(root, tiny_file, tmp_path):
     made = EntityTask(annotations=f"{root}/instances.json", images=str(root))
-    with pytest.raises(EvaluationError, match="holds a GELLA, which does no task 'entity'"):
+    with pytest.raises(ValueError, match="holds a GELLA, which finds no entities"):
         evaluation.predict(made, open_bundle(tiny_file), tmp_path)
