@@ -13,6 +13,7 @@ neither its speed nor its score is known.
 from pathlib import Path
 
 from configs import common, demo
+from esg_jax.weights import demo_checkpoint
 
 
 def get_config(pack: str = "runs/train.arrayrecord"):
@@ -23,5 +24,5 @@ def get_config(pack: str = "runs/train.arrayrecord"):
     config.optim.learning_rate = 1.2e-3
     config.precision = "bfloat16"
     config.backbone_weights = ""
-    config.init_from = "esg_jax/assets/demo.safetensors"
+    config.init_from = str(demo_checkpoint())
     return config

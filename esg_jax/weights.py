@@ -46,6 +46,19 @@ def packaged_weights(name: str, otherwise: str) -> Path:
     return path
 
 
+def demo_checkpoint() -> Path:
+    """The CropFormer that ships with the package.
+
+    Raises:
+        FileNotFoundError: this installation has none.
+    """
+    return packaged_weights(
+        "demo.safetensors",
+        "name a checkpoint (--checkpoint FILE.safetensors), convert a published one (`esg convert --help`), or train a "
+        "small one (configs/demo.py)",
+    )
+
+
 def named_arrays(model: nnx.Module) -> dict[str, Any]:
     """Dotted path -> array of everything a checkpoint must hold (parameters and frozen statistics)."""
     flat = nnx.to_flat_state(nnx.state(model))

@@ -1,17 +1,23 @@
 """Every file in configs/ builds, has the reference's numbers, and says how to run it."""
 
+import dataclasses
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
+from safetensors.numpy import save_file
 
 from esg_jax.models.gella.entity_variants import VARIANTS
 from esg_jax.models.language.lora import LoraConfig
 from esg_jax.train.config import RunConfig
 from esg_jax.train.step import StepConfig
+from esg_jax.weights import demo_checkpoint, file_metadata, read_info
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 PLAIN = ("cropformer_r50", "cropformer_swin_l", "cropformer_swin_t", "entity_mini", "gpu_demo", "quickstart", "tiny")
@@ -45,6 +51,29 @@ def test_demo_reads_a_mix(tmp_path):
     (tmp_path / "mix.json").write_text("{}")
     with pytest.raises(ValueError, match="no dictionary 'sources'"):
         load("demo", str(tmp_path))
+
+
+def test_quickstart_has_the_architecture_of_the_packaged_weights(tmp_path, monkeypatch):
+    model, info = read_info(demo_checkpoint())
+    _, run = load("quickstart", "folder")
+    assert run.model == model and run.init_from == str(demo_checkpoint())
+    assert run.data.max_size == info["inference"]["max_size"]
+    assert run.data.sources["scenes"]["images"] == "folder" and list(run.data.sources) == ["scenes"]
+    # Weights of other sizes take their place.
+    decoder = dataclasses.replace(model.mask_decoder, num_queries=100, num_layers=6)
+    other = dataclasses.replace(model, mask_decoder=decoder)
+    trained = info["config"] | {"precision": "bfloat16"}
+    trained["data"] = trained["data"] | {"short_edges": [288], "max_size": 384, "buckets": [[384, 384]]}
+    file = tmp_path / "other.safetensors"
+    save_file({"x": np.zeros(1)}, file, file_metadata(other, {"config": trained}))
+    monkeypatch.setattr("configs.finetune.demo_checkpoint", lambda: file)
+    _, run = load("quickstart", "folder")
+    assert run.model == other and run.init_from == str(file)
+    assert (run.data.short_edges, run.data.max_size, run.data.buckets) == ((288,), 384, ((384, 384),))
+    assert run.precision == "float32"
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="no weights at .*other.safetensors"):
+        load("quickstart", "folder")
 
 
 @pytest.mark.parametrize("name", MASK2FORMER)
@@ -132,6 +161,13 @@ def test_gella_data_must_fit_the_model():
     _, other = load("quickstart")
     with pytest.raises(ValueError, match="needs a loss of type GellaLossConfig"):
         RunConfig.from_dict({**run.as_dict(), "loss": other.as_dict()["loss"]})
+
+
+def test_missing_weights_end_with_one_line(tmp_path):
+    command = [sys.executable, "train.py", f"--config=configs/finetune.py:{tmp_path}/none", f"--workdir={tmp_path}/run"]
+    run = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True)
+    assert run.returncode == 1 and f"no weights at {tmp_path}/none" in run.stderr
+    assert "Traceback" not in run.stderr and not (tmp_path / "run").exists()
 
 
 def test_old_configurations_are_completed():

@@ -33,6 +33,8 @@ class SceneConfig:
                 raise ValueError(f"{name} is {low} {high}; it must be a range MIN MAX with 1 <= MIN <= MAX")
         if not 0 <= self.min_area < 1:
             raise ValueError(f"min_area is {self.min_area}; it is a fraction of the picture, from 0 to below 1")
+        if not 0 <= self.portrait <= 1:
+            raise ValueError(f"portrait is {self.portrait}; it is a share of the scenes, from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,11 +20,15 @@ def main() -> None:
     parser.add_argument("--long-side", type=int, nargs=2, default=SceneConfig.long_side, metavar=("MIN", "MAX"))
     parser.add_argument("--entities", type=int, nargs=2, default=SceneConfig.entities, metavar=("MIN", "MAX"))
     parser.add_argument("--min-area", type=float, default=SceneConfig.min_area, help="of an entity, as a fraction")
+    parser.add_argument("--portrait", type=float, default=SceneConfig.portrait, help="share of upright pictures")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
     arguments = parser.parse_args()
     try:
         config = SceneConfig(
-            long_side=tuple(arguments.long_side), entities=tuple(arguments.entities), min_area=arguments.min_area
+            long_side=tuple(arguments.long_side),
+            entities=tuple(arguments.entities),
+            min_area=arguments.min_area,
+            portrait=arguments.portrait,
         )
         print(write_scenes(arguments.out, arguments.count, arguments.seed, config, arguments.workers))
     except ValueError as error:  # sizes that make no scene, a folder with other scenes

@@ -6,7 +6,8 @@
     python eval.py --config=configs/recipes/entity_mini.py --predictions=runs/x/eval/predictions.json --out=runs/again
 
 First every image is predicted and written to files in the official formats, then the files are scored: the numbers of
-several hosts are those of one. Writes results.json, a table, and grid.png with predictions beside the ground truth.
+several hosts are those of one. Writes results.json, a table, and grid.png with predictions beside the ground truth;
+`--before=runs/x/before/predictions.json` adds those of the model that a training started from.
 
 Where only the package is installed: python -m esg_jax.evaluation --config=recipes/entity_mini --workdir=runs/x
 """
@@ -34,6 +35,7 @@ _OPTIONS = (
     flags.DEFINE_string("workdir", None, "Folder of a training run: its model.safetensors is evaluated."),
     flags.DEFINE_list("predictions", None, "Saved predictions to score again, without a model."),
     flags.DEFINE_string("out", None, "Folder for predictions and results (default: WORKDIR/eval)."),
+    flags.DEFINE_list("before", None, "Predictions saved by an earlier evaluation: grid.png shows them, too."),
     flags.DEFINE_enum("views", None, ["1", "5"], "Whole image (1), or also its four corner crops (5)."),
     flags.DEFINE_integer("workers", 1, "Processes that score."),
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of the network."),
@@ -60,7 +62,7 @@ def _main(_):
             )
         options["views"] = options["views"] and int(options["views"])
         run(task_from_dict(_CONFIG.value.to_dict()), **options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         logging.debug("traceback", exc_info=True)
         sys.exit(f"error: {error}")
 

@@ -21,7 +21,7 @@ from esg_jax.evaluation.metrics.errors import EvaluationError
 from esg_jax.evaluation.tasks.task import EvalTask, ModelRun
 from esg_jax.evaluation.workers import progress
 from esg_jax.inference.bundle import Bundle, open_bundle
-from esg_jax.viz import prediction_grid
+from esg_jax.viz import comparison_grid
 
 
 def run(
@@ -31,6 +31,7 @@ def run(
     workdir: str | Path | None = None,
     predictions: Sequence[str | Path] | None = None,
     out: str | Path | None = None,
+    before: Sequence[str | Path] = (),
     views: int | None = None,
     dtype: str = "float32",
     mesh: Mesh | None = None,
@@ -44,6 +45,7 @@ def run(
         workdir: folder of a training run.
         predictions: saved predictions to score again, without a model.
         out: folder for predictions and results; default: `workdir`/eval.
+        before: saved predictions of an earlier evaluation of the same images, drawn beside those of this one.
         views: replaces that of the task.
         dtype: precision of the network.
         mesh: devices that share weights and images; default: one device.
@@ -59,13 +61,16 @@ def run(
         if not hasattr(task, "views"):
             raise EvaluationError(f"task {task.name!r} has no views")
         task = dataclasses.replace(task, views=views)
+    before = [Path(name) for name in before or ()]
+    if missing := [str(path) for path in before if not path.is_file()]:
+        raise EvaluationError(f"no earlier predictions at {missing[0]}")
     if predictions:
         files = [Path(name) for name in predictions]
     else:
         files = predict(task, open_bundle(weights_of(checkpoint, workdir), dtype=dtype, mesh=mesh), out)
         if jax.process_index():
             return
-    scores = score(task, files, out, workers=workers)
+    scores = score(task, files, out, workers=workers, before=before)
     print_scores(task, scores)
     if task.grid_images:
         print(f"predictions beside the ground truth: {out / 'grid.png'}")
@@ -104,15 +109,27 @@ def predict(task: EvalTask, bundle: Bundle, out: Path) -> list[Path]:
     return files
 
 
-def score(task: EvalTask, files: Sequence[Path], out: Path, *, workers: int = 1) -> dict[str, Any]:
-    """Scores of saved predictions, written to results.json; grid.png shows some beside the ground truth."""
+def score(
+    task: EvalTask, files: Sequence[Path], out: Path, *, workers: int = 1, before: Sequence[Path] = ()
+) -> dict[str, Any]:
+    """Scores of saved predictions, written to results.json; grid.png shows some beside the ground truth.
+
+    Args:
+        task: what is evaluated.
+        files: predictions, one file per process that predicted.
+        out: folder.
+        workers: processes that score.
+        before: predictions of an earlier evaluation, drawn as well.
+    """
     out.mkdir(parents=True, exist_ok=True)
     truth = task.truth()
     scores = task.score(truth, files, workers=workers)
     about = {"config": to_dict(task), "predictions": [str(file) for file in files]}
     report.write_json({**about, **scores}, out / "results.json")
     if task.grid_images:
-        Image.fromarray(prediction_grid(task.draw(truth, files))).save(out / "grid.png")
+        runs = {"before": before, "after": files} if before else {"prediction": files}
+        grid = comparison_grid({title: task.draw(truth, drawn) for title, drawn in runs.items()})
+        Image.fromarray(grid).save(out / "grid.png")
     return scores
 
 

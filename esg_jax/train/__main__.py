@@ -58,8 +58,8 @@ def _main(_):
     try:
         recipe = task_from_dict(_EVAL.value.to_dict(), "eval") if _EVAL.value is not None else None
         run(RunConfig.from_dict(_CONFIG.value.to_dict()), Path(_WORKDIR.value), recipe)
-    except (ValueError, FileNotFoundError, ImportError, NonFiniteLossError) as error:
-        # Configuration, data, missing package or divergence: the message says what to do, a traceback would bury it.
+    except (ValueError, OSError, ImportError, NonFiniteLossError) as error:
+        # Configuration, file, missing package or divergence: the message says what to do, a traceback would bury it.
         log.debug("traceback", exc_info=True)
         sys.exit(f"error: {error}")
 

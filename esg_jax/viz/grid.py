@@ -1,7 +1,7 @@
 """Pictures in rows and columns with titles, and predictions beside ground truth."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -94,46 +94,74 @@ class GridRow:
 
 
 def prediction_grid(rows: Iterable[GridRow], *, cell_width: int = 560) -> UInt8[np.ndarray, "height width 3"]:
-    """Photograph, ground truth and prediction of every row, side by side.
+    """Photograph, ground truth and prediction of every row, side by side; see `comparison_grid`."""
+    return comparison_grid({"prediction": rows}, cell_width=cell_width)
+
+
+def comparison_grid(
+    runs: Mapping[str, Iterable[GridRow]], *, cell_width: int = 560
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Photograph, ground truth and the predictions of several models for the same images, side by side.
 
     A predicted entity has the colour of the annotated one it overlaps with an IoU of at least 0.5. The caption counts
     how many annotated entities were found so.
 
+    Args:
+        runs: title of the column -> rows. Photograph, ground truth and title are those of the first run.
+        cell_width: pixels.
+
     Raises:
-        ValueError: no rows.
+        ValueError: no rows, or runs of different length.
     """
-    rows = list(rows)
-    if not rows:
-        raise ValueError("prediction_grid needs at least one row")
-    with_target = any(row.target is not None for row in rows)
+    columns = [list(rows) for rows in runs.values()]
+    if not columns or not columns[0]:
+        raise ValueError("a grid needs at least one row")
+    if len({len(rows) for rows in columns}) != 1:
+        raise ValueError(f"the runs have different numbers of rows: {[len(rows) for rows in columns]}")
+    with_target = any(row.target is not None for row in columns[0])
     cells, captions = [], []
-    for row in rows:
-        count = int(row.prediction.max(initial=BACKGROUND))
-        height, width = row.prediction.shape
-        side = round(cell_width * max(1.0, height / width))  # drawn at the size shown: lines and tags stay readable
-        tags = None if row.scores is None else [f"{score:.2f}" for score in row.scores]
-        colors, found = None, ""
-        target, annotated = None, ""
-        if row.target is not None:
-            total = int(row.target.max(initial=BACKGROUND))
-            target_colors = assign_colors(row.target, total)
-            target = overlay(row.image, row.target, colors=target_colors, max_side=side)
-            pairs = matches(row.prediction, row.target)
-            fixed = {found: int(target_colors[match]) for found, match in pairs.items()}
-            colors = assign_colors(row.prediction, count, fixed)
-            present = np.unique(row.target[row.target != BACKGROUND]).size
-            found = f"{len(set(pairs.values()))} of {present} found at IoU 0.5, "
-            annotated = f"{present} annotated"
-        predicted = np.unique(row.prediction[row.prediction != BACKGROUND]).size
-        picture = overlay(row.image, row.prediction, tags, colors=colors, max_side=side)
-        if with_target:
-            cells.append([row.image, target, picture])
-            captions.append([row.title, annotated, f"{found}{predicted} predicted"])
-        else:
-            cells.append([row.image, picture])
-            captions.append([row.title, f"{predicted} predicted"])
-    titles = ["image", "ground truth", "prediction"] if with_target else ["image", "prediction"]
+    for first, *others in zip(*columns, strict=True):
+        target_colors = None
+        cells.append([first.image])
+        captions.append([first.title])
+        if first.target is not None:
+            target_colors = assign_colors(first.target, int(first.target.max(initial=BACKGROUND)))
+            side = _side(first.target, cell_width)
+            cells[-1].append(overlay(first.image, first.target, colors=target_colors, max_side=side))
+            captions[-1].append(f"{_count(first.target)} annotated")
+        elif with_target:
+            cells[-1].append(None)
+            captions[-1].append("")
+        for row in (first, *others):
+            picture, caption = _prediction_cell(row, first.target, target_colors, cell_width)
+            cells[-1].append(picture)
+            captions[-1].append(caption)
+    titles = ["image", "ground truth", *runs] if with_target else ["image", *runs]
     return image_grid(cells, column_titles=titles, captions=captions, cell_width=cell_width)
+
+
+def _prediction_cell(row, target, target_colors, cell_width) -> tuple[UInt8[np.ndarray, "h w 3"], str]:
+    """Picture and caption of a prediction, in the colours of the annotated entities it found."""
+    tags = None if row.scores is None else [f"{score:.2f}" for score in row.scores]
+    colors, caption = None, f"{_count(row.prediction)} predicted"
+    if target is not None:
+        pairs = matches(row.prediction, target)
+        fixed = {found: int(target_colors[match]) for found, match in pairs.items()}
+        colors = assign_colors(row.prediction, int(row.prediction.max(initial=BACKGROUND)), fixed)
+        caption = f"{len(set(pairs.values()))} of {_count(target)} found at IoU 0.5, {caption}"
+    side = _side(row.prediction, cell_width)
+    return overlay(row.image, row.prediction, tags, colors=colors, max_side=side), caption
+
+
+def _count(label_map) -> int:
+    """Entities with at least one pixel."""
+    return np.unique(label_map[label_map != BACKGROUND]).size
+
+
+def _side(label_map, cell_width) -> int:
+    """Long side of a picture drawn at the size shown, so that lines and tags stay readable."""
+    height, width = label_map.shape
+    return round(cell_width * max(1.0, height / width))
 
 
 def matches(

@@ -77,7 +77,13 @@ def test_no_entity_is_smaller_than_asked():
 
 
 def test_sizes_that_make_no_scene_are_refused():
-    for field, value in (("entities", (12, 3)), ("entities", (0, 3)), ("long_side", (512, 500)), ("min_area", 1.0)):
+    for field, value in (
+        ("entities", (12, 3)),
+        ("entities", (0, 3)),
+        ("long_side", (512, 500)),
+        ("min_area", 1.0),
+        ("portrait", 2),
+    ):
         with pytest.raises(ValueError, match=f"{field} is"):
             dataclasses.replace(SMALL, **{field: value})
 

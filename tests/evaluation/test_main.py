@@ -104,10 +104,15 @@ def test_model_to_numbers_and_again_from_the_files(tiny_set, tmp_path, views):
     assert set(first["groups"]) == {"a", "b"}
     assert Image.open(tmp_path / "first" / "grid.png").size[0] > 800
     again = evaluate(
-        *overrides(tiny_set), f"--predictions={tmp_path}/first/predictions.json", f"--out={tmp_path}/again"
+        *overrides(tiny_set),
+        f"--predictions={tmp_path}/first/predictions.json",
+        f"--before={tmp_path}/first/predictions.json",
+        f"--out={tmp_path}/again",
     )
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "again" / "results.json").read_text())["metrics"] == first["metrics"]
+    columns = [Image.open(tmp_path / name / "grid.png").size[0] // 560 for name in ("first", "again")]
+    assert columns == [3, 4]  # image, ground truth, prediction; and the one before
     # The same numbers straight from the predictor, without files.
     predictor = Predictor.from_checkpoint(tiny_set / "tiny.safetensors", views=views, min_size=64, max_size=96)
     gt = json.loads((tiny_set / "gt.json").read_text())
@@ -198,4 +203,6 @@ def test_mistakes_end_with_one_line(tiny_set, tmp_path):
         *overrides(tiny_set), f"--out={tmp_path}", "--config.annotations=nowhere.json", "--predictions=x.json"
     )
     assert run.returncode == 1 and "no such file: nowhere.json" in run.stderr
+    run = evaluate(*overrides(tiny_set), f"--out={tmp_path}", "--predictions=x.json", "--before=y.json")
+    assert run.returncode == 1 and "no earlier predictions at y.json" in run.stderr
     assert "Traceback" not in run.stderr

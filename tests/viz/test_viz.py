@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from esg_jax.viz import GridRow, image_grid, overlay, prediction_grid
+from esg_jax.viz import GridRow, comparison_grid, image_grid, overlay, prediction_grid
 from esg_jax.viz.grid import matches
 from esg_jax.viz.overlay import outline
 from esg_jax.viz.palette import assign_colors, neighbours, palette
@@ -120,3 +120,22 @@ def test_prediction_grid_without_ground_truth_or_entities():
     assert prediction_grid([GridRow(image, nothing, nothing)], cell_width=100).shape[1] == 3 * 100 + 4 * 14
     with pytest.raises(ValueError, match="at least one row"):
         prediction_grid([])
+
+
+def test_comparison_grid_shows_what_each_model_found():
+    target = np.zeros((60, 90), int)
+    target[:, :45], target[:, 45:] = 1, 2
+    image = np.full((60, 90, 3), 100, np.uint8)
+    before = GridRow(image, np.where(target == 1, 1, 0), target)
+    after = GridRow(image, target[:, ::-1], target)  # both halves, numbered the other way round
+    page = comparison_grid({"before": [before], "after": [after]}, cell_width=90)
+    assert page.shape[1] == 4 * 90 + 5 * 14
+    np.testing.assert_array_equal(page, comparison_grid({"before": [before], "after": iter([after])}, cell_width=90))
+    y, left, right = page.shape[0] // 2 - 15, 8, 80
+    truth, first, second = (page[y, 14 + column * 104 :] for column in (1, 2, 3))
+    np.testing.assert_array_equal(first[left], truth[left])
+    assert np.any(first[right] != truth[right])
+    for x in (left, right):
+        np.testing.assert_array_equal(second[x], truth[x])
+    with pytest.raises(ValueError, match=r"different numbers of rows: \[1, 2\]"):
+        comparison_grid({"before": [before], "after": [after, after]})

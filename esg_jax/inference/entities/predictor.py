@@ -22,7 +22,7 @@ from esg_jax.input.image_io import ImageError, ImageLike, pixels_of, size_of
 from esg_jax.input.mappers import bucket_index
 from esg_jax.input.transforms import inference_view_list, inference_views, round_up
 from esg_jax.models.cropformer import CropFormer
-from esg_jax.weights import packaged_weights
+from esg_jax.weights import demo_checkpoint
 
 
 class Framing(NamedTuple):
@@ -32,19 +32,6 @@ class Framing(NamedTuple):
     box_t4: np.ndarray
     padded: tuple[int, int]
     original: tuple[int, int]
-
-
-def demo_checkpoint() -> Path:
-    """The weights that ship with the package.
-
-    Raises:
-        FileNotFoundError: this installation has none.
-    """
-    return packaged_weights(
-        "demo.safetensors",
-        "name a checkpoint (--checkpoint FILE.safetensors), convert a published one (`esg convert --help`), or train a "
-        "small one (`make quickstart`)",
-    )
 
 
 class Predictor:
