@@ -83,7 +83,7 @@ def parse_rules(texts: Sequence[tuple[str, str]], where: str = "rules") -> Rules
         try:
             re.compile(pattern)
             rules.append((pattern, _parse_placement(text)))
-        except (ValueError, TypeError, re.error) as error:
+        except (ValueError, TypeError, AttributeError, re.error) as error:
             raise ValueError(
                 f"{where}[{number}] is {(pattern, text)!r}; expected a pattern and 'whole', axes such as "
                 f"'-,fsdp,model', or 'largest:fsdp:16384' (axes: {', '.join(AXES)})"

@@ -1,11 +1,19 @@
 """The program starts again with its arguments, once, and never against the user's own settings."""
 
+import ast
 import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import esg_jax
+from esg_jax import cli
+from esg_jax.cli import __main__ as esg
+
+ROOT = Path(esg_jax.__file__).parent
 
 _PROGRAM = """
 import os, sys
@@ -31,3 +39,22 @@ def test_starts_again_once_as_the_same_process():
 
 def test_keeps_what_the_user_set():
     assert lines(GLIBC_TUNABLES="glibc.malloc.arena_max=2")[1:] == ["an argument glibc.malloc.arena_max=2"]
+
+
+@pytest.mark.parametrize("program", ["train", "evaluation"])
+def test_programs_begin_with_it(program):
+    """Before any import that takes seconds, and only as a program."""
+    _, first, *_ = ast.parse((ROOT / program / "__main__.py").read_text()).body
+    assert ast.unparse(first) == (
+        "if __name__ == '__main__':\n    from esg_jax.allocator import keep_memory\n    keep_memory()"
+    )
+
+
+def test_the_command_does_so_unless_it_is_called(monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr("esg_jax.cli.__main__.keep_memory", lambda: started.append(True))
+    monkeypatch.setattr(sys, "argv", ["esg", "--version"])
+    for call in (cli.main, esg.main):
+        with pytest.raises(SystemExit):
+            call()
+    assert started == [True] and capsys.readouterr().out.count("esg_jax ") == 2

@@ -15,6 +15,8 @@ from safetensors.numpy import save_file
 
 from esg_jax.models.gella.entity_variants import VARIANTS
 from esg_jax.models.language.lora import LoraConfig
+from esg_jax.named_configs import find_config, with_files
+from esg_jax.sharding import LargestDim, parse_rules
 from esg_jax.train.config import RunConfig
 from esg_jax.train.step import StepConfig
 from esg_jax.weights import demo_checkpoint, file_metadata, read_info
@@ -263,3 +265,33 @@ def test_overrides_of_another_type_are_refused(override, message):
 def test_impossible_decay_is_refused():
     with pytest.raises(ValueError, match="ema_decay is 1.5; choose a number from 0 to below 1, or None"):
         StepConfig(ema_decay=1.5)
+
+
+def test_configs_are_found_by_name(tmp_path, monkeypatch):
+    """Also those of an installed package, from a folder without configs, under the paths of the documentation."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "tiny.py", "configs/tiny.py"):
+        assert find_config(name) == f"{FOLDER}/tiny.py"
+    assert find_config("recipes/scenes:some:folder") == f"{FOLDER}/recipes/scenes.py:some:folder"
+    assert find_config("no_such_config:x") == "no_such_config:x"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.py").touch()
+    assert find_config("configs/tiny.py:x") == "configs/tiny.py:x"  # a file that is there is meant
+    argv = ["train.py", "--config=tiny:a=b", "--eval", "recipes/scenes", "--config.model.x=tiny", "tiny"]
+    assert with_files(argv, "config", "eval") == [
+        *("train.py", f"--config={FOLDER}/tiny.py:a=b", "--eval", f"{FOLDER}/recipes/scenes.py"),
+        *("--config.model.x=tiny", "tiny"),
+    ]
+
+
+def test_sharding_is_part_of_a_run():
+    run = load("tiny")[1]
+    assert parse_rules(run.sharding) == run.system.rules
+    assert RunConfig.from_dict(json.loads(json.dumps(run.as_dict()))) == run
+    old = run.as_dict()
+    del old["sharding"]  # runs from before it was
+    assert RunConfig.complete(old) == run.as_dict()
+    one = from_command_line(f"--config={FOLDER}/tiny.py", "--config.sharding=(('', 'largest:fsdp:1'),)")
+    assert parse_rules(one.sharding) == (("", LargestDim(min_size=1)),)
+    with pytest.raises(ValueError, match=r"config.sharding\[0\] is \('x', '-,pipe'\); expected a pattern and 'whole'"):
+        RunConfig.from_dict({**old, "sharding": [["x", "-,pipe"]]})

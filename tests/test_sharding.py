@@ -13,7 +13,16 @@ from jax.sharding import PartitionSpec as P
 from esg_jax.losses.gella import GellaLossConfig
 from esg_jax.models.gella import Gella
 from esg_jax.models.language.llama import LlamaConfig
-from esg_jax.sharding import LargestDim, make_mesh, partition_specs, put_batch, tree_shardings
+from esg_jax.sharding import (
+    DEFAULT_RULES,
+    LargestDim,
+    format_rules,
+    make_mesh,
+    parse_rules,
+    partition_specs,
+    put_batch,
+    tree_shardings,
+)
 from esg_jax.train.optim import OptimConfig
 from esg_jax.train.state import ModelDef
 from esg_jax.train.step import TrainStep
@@ -109,3 +118,16 @@ def test_language_model_works_on_its_own_rows(tiny_gella_config):
     assert any(kind == "all-gather" and "f32[128,256]" in what for what, kind in collectives)
     summed = [what for what, kind in collectives if kind == "all-reduce" and f"[{rows},{length}" in what]
     assert not summed, summed
+
+
+def test_a_table_is_text_and_back():
+    rules = (("a", P()), ("b", P(None, ("data", "fsdp"), "model")), ("c$", P("fsdp")), ("", LargestDim("model", 7)))
+    texts = (("a", "whole"), ("b", "-,data+fsdp,model"), ("c$", "fsdp"), ("", "largest:model:7"))
+    assert format_rules(rules) == texts and parse_rules(texts) == rules
+    assert parse_rules(format_rules(DEFAULT_RULES)) == DEFAULT_RULES
+
+
+@pytest.mark.parametrize("rule", [("(", "whole"), ("a", "pipe"), ("a", "largest:fsdp"), ("a", ""), ("a", None)])
+def test_what_is_no_rule_is_named(rule):
+    with pytest.raises(ValueError, match=r"rules\[1\] is .*; expected a pattern and 'whole', axes such as"):
+        parse_rules([("a", "whole"), rule])

@@ -40,11 +40,9 @@ class Bundle:
         """
         if self.config is not None:
             return system_of(self.config)
-        from esg_jax.interop.families import detect
-        from esg_jax.interop.readers import open_checkpoint
+        from esg_jax.interop.checkpoints import family_of
 
-        family, _ = detect(open_checkpoint(self.name))
-        return system_of(family.config)
+        return system_of(family_of(self.name).config)
 
     def load_as(self, cls: type[nnx.Module]) -> Any:
         """The model, which must be of this class.

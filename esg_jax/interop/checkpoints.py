@@ -52,6 +52,16 @@ def config_of(reader: CheckpointReader, family: Family, form: Format, num_heads:
         raise ConversionError(f"{reader.path} has nothing for our {error.args[0]}, so its sizes are unknown") from error
 
 
+def family_of(source: str | Path | CheckpointReader) -> Family:
+    """What a whole checkpoint is, from its names alone.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConversionError: the checkpoint holds no whole model.
+    """
+    return _whole(source, None)[1]
+
+
 def load_checkpoint(
     source: str | Path | CheckpointReader,
     *,

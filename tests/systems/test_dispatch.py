@@ -3,12 +3,17 @@
 import ast
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import esg_jax
+from esg_jax.inference.bundle import open_bundle
+from esg_jax.interop.checkpoints import save_checkpoint
 from esg_jax.models.backbones.swin import SwinConfig
 from esg_jax.models.cropformer import CropFormerConfig
-from esg_jax.models.gella import GellaConfig
+from esg_jax.models.gella import Gella, GellaConfig
 from esg_jax.systems import SYSTEMS, system_of
 
 ROOT = Path(esg_jax.__file__).parent
@@ -89,3 +94,14 @@ def test_checkpoint_families_are_listed():
     assert {family.written_as for family in system_of(CropFormerConfig).families()} >= {"reference", "transformers"}
     assert all(family.config is GellaConfig for family in system_of(GellaConfig).families())
     assert all(system.families() for system in SYSTEMS)
+
+
+def test_a_checkpoint_of_pytorch_shows_its_system(tiny_gella_config, tmp_path):
+    model = nnx.eval_shape(lambda: Gella(tiny_gella_config, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(model)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), state)
+    save_checkpoint(tmp_path / "gella", nnx.merge(graph, zeros))
+    bundle = open_bundle(tmp_path / "gella")
+    assert bundle.config is None and bundle.system is system_of(GellaConfig)
+    with pytest.raises(ValueError, match="gella holds a GELLA, which finds no entities"):
+        bundle.system.predictor(bundle)
