@@ -113,7 +113,7 @@ class TrainStep:
         # Arguments of the compiled step, not part of it: another length, rate or seed compiles nothing anew. The seed
         # is raw key data, because numpy arrays are the same on every process.
         self._schedule = make_schedule(optim, total_steps)
-        self._settings = (self._schedule, np.asarray(jax.random.key_data(jax.random.key(config.seed))))
+        self.settings = (self._schedule, np.asarray(jax.random.key_data(jax.random.key(config.seed))))
         self._multipliers = learning_rate_multipliers(model.params, optim)
         self._specs = sharding.partition_specs({**model.params, **model.constants}, rules, mesh)
         shapes = jax.eval_shape(self._create)
@@ -163,12 +163,12 @@ class TrainStep:
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """Runs one step; `state` is consumed. Metrics are device scalars."""
         with jax.set_mesh(self.mesh):
-            return self._compiled(state, batch, self._settings)
+            return self._compiled(state, batch, self.settings)
 
     def trace(self, state: TrainState, batch: Batch) -> jax.stages.Traced:
         """The step as a jaxpr, for arrays or for their abstract description."""
         with jax.set_mesh(self.mesh):
-            return self._compiled.trace(state, batch, self._settings)
+            return self._compiled.trace(state, batch, self.settings)
 
     def flops(self, state: TrainState, batch: Batch) -> float:
         """Operations of one step over all devices, see `count_flops`; free once a batch of these shapes has run."""

@@ -66,12 +66,12 @@ class CropFormerConfig:
 
     @classmethod
     def mobilenet_v2(cls) -> "CropFormerConfig":
-        """A small model for laptops: MobileNetV2, decoders of half the width, 100 queries."""
+        """A small model for laptops: MobileNetV2, and decoders of half the width and a third of the depth."""
         return cls(
             backbone=MobileNetV2Config(),
             pixel_decoder=PixelDecoderConfig(conv_dim=128, mask_dim=128, num_layers=3, num_heads=4, ffn_dim=512),
             mask_decoder=MaskDecoderConfig(
-                hidden_dim=128, mask_dim=128, num_heads=4, ffn_dim=512, num_layers=6, num_queries=100
+                hidden_dim=128, mask_dim=128, num_heads=4, ffn_dim=512, num_layers=3, num_queries=50
             ),
             association=AssociationConfig(num_heads=4, ffn_dim=512),
         )
