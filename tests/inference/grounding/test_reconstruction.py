@@ -39,8 +39,9 @@ def test_geometry(reconstruct, entities, monkeypatch, pad_position):
     """A network that gives back what is painted, at stride 4, gives back the masks."""
 
     def painted(image, size, label_map, map_size):
-        cells = label_map.reshape(16, 4, 16, 4)
-        return np.ones(2), np.stack([(cells == k).mean((1, 3)) - 0.5 for k in (1, 2)]).astype(np.float32)
+        cells = label_map.reshape(-1, 16, 4, 16, 4)
+        logits = np.stack([(cells == k).mean((2, 4)) - 0.5 for k in (1, 2)], axis=1).astype(np.float32)
+        return np.ones((len(cells), 2)), logits
 
     monkeypatch.setattr(reconstruct, "_run", painted)
     monkeypatch.setattr(reconstruct, "config", dataclasses.replace(reconstruct.config, pad_position=pad_position))
