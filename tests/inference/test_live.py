@@ -49,7 +49,7 @@ def runs(folder):
 
 def logged(out):
     (line,) = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
-    return {name.removeprefix("eval/"): value for name, value in line.items() if name.startswith("eval/")}
+    return {name.removeprefix("eval/"): float(value) for name, value in line.items() if name.startswith("eval/")}
 
 
 def assert_same_predictions(one, other):

@@ -25,7 +25,7 @@ def sources(tmp_path_factory):
             Image.fromarray(np.full((height, width, 3), base + i, np.uint8)).save(root / f"{name}{i}.png")
             images.append({"id": i, "file_name": f"{name}{i}.png", "height": height, "width": width})
             labels = np.arange(height)[:, None] * 3 // height + np.zeros(width, int)
-            for encoded in map(rle.to_json, rle.encode_labels(labels + 1, 3))[: 0 if i == 3 else 3]:
+            for encoded in map(rle.to_json, rle.encode_labels(labels + 1, 3)[: 0 if i == 3 else 3]):
                 annotations.append({"id": len(annotations), "image_id": i, "category_id": 1, "segmentation": encoded})
         content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "entity"}]}
         (root / f"{name}.json").write_text(json.dumps(content))

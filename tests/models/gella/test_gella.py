@@ -195,7 +195,7 @@ def test_eight_devices_equal_one(config, one_device):
 def test_an_answer_of_weight_zero_is_not_computed(config):
     step = train_step(config, (1, 1, 1), answer=0.0)
     with jax.set_mesh(step.mesh):
-        _, metrics = jax.eval_shape(step._run, step.abstract_state, make_batch(config))
+        _, metrics = jax.eval_shape(step._run, step.abstract_state, make_batch(config), step.settings)
     assert "loss_association" in metrics and "loss_answer" not in metrics
 
 
