@@ -290,11 +290,9 @@ def draw_points(keys: Array, index, joint, targets_and_views: tuple[int, int], c
     targets, views = targets_and_views
     per_mask = config.num_candidates + config.num_points - config.num_important
     shapes = (views, config.num_points, 2), (views, targets, per_mask, 2)
-    sizes = [int(np.prod(shape)) for shape in shapes]
-    start = index * sum(sizes)
-    matching = uniform(keys, shapes[0], start)
+    matching = uniform(keys, shapes[0], 2 * index)
     matching = jnp.where(joint, matching[:, :1], matching)
-    scattered = uniform(keys, shapes[1], start + sizes[0])
+    scattered = uniform(keys, shapes[1], 2 * index + 1)
     return matching.reshape(-1, *shapes[0][1:]), scattered.reshape(-1, *shapes[1][1:])
 
 

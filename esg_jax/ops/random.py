@@ -5,14 +5,14 @@ from jaxtyping import Array, Float, Int, Key
 
 
 def uniform(
-    keys: Key[Array, "*b"], shape: tuple[int, ...], start: Int[Array, ""] | int = 0
+    keys: Key[Array, "*b"], shape: tuple[int, ...], part: Int[Array, ""] | int = 0
 ) -> Float[Array, "*b {shape}"]:
     """Independent float32 numbers in [0, 1) for every key.
 
     Args:
         keys: typed PRNG keys.
         shape: of the numbers of one key.
-        start: which part of the key's stream is drawn; draws with different starts are independent.
+        part: number of the draw; those of different parts are independent.
     """
-    draw = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, start), shape))
+    draw = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, part), shape))
     return draw(keys.reshape(-1)).reshape(*keys.shape, *shape)

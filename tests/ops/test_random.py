@@ -9,8 +9,8 @@ from esg_jax.ops.random import uniform
 COUNT = 1 << 18
 
 
-def draw(seed, count=COUNT, start=0):
-    return np.asarray(uniform(jax.random.key(seed), (count,), start))
+def draw(seed, count=COUNT, part=0):
+    return np.asarray(uniform(jax.random.key(seed), (count,), part))
 
 
 def test_values_are_uniform():
@@ -31,7 +31,7 @@ def test_low_bits_are_uniform_too():
 def test_neighbours_and_keys_are_independent():
     """Pairs fill the square evenly: points take neighbouring numbers as x and y."""
     x = draw(0)
-    others = {"next": draw(0)[1:], "third": draw(0)[3:], "key 1": draw(1), "part 1": draw(0, start=1)}
+    others = {"next": draw(0)[1:], "third": draw(0)[3:], "key 1": draw(1), "part 1": draw(0, part=1)}
     for name, y in others.items():
         size = len(y)
         counts = np.histogram2d(x[:size], y, 32, ((0, 1), (0, 1)))[0]
